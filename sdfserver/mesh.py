@@ -1,9 +1,18 @@
-"""TriangleMesh: what comes out, as plain arrays in world units."""
+"""TriangleMesh: what comes out, as plain arrays in world units; and what is done to a mesh without its field.
+
+Faces are wound counter-clockwise seen from outside. Nothing here merges vertices: a closed mesh stays closed unless
+something is cut off it on purpose.
+"""
 
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from scipy.spatial import cKDTree
+
+from sdfserver.errors import ExtractionError
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -18,3 +27,75 @@ class TriangleMesh:
     vertices: NDArray[np.float64]
     faces: NDArray[np.int64]
     normals: NDArray[np.float32] | None = None
+
+
+def face_normals(vertices: NDArray[np.float64], faces: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Area vectors (f, 3): twice the area long, pointing outward."""
+    a, b, c = vertices[faces[:, 0]], vertices[faces[:, 1]], vertices[faces[:, 2]]
+    return np.cross(b - a, c - a)
+
+
+def face_areas(vertices: NDArray[np.float64], faces: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Areas (f,)."""
+    areas: NDArray[np.float64] = np.linalg.norm(face_normals(vertices, faces), axis=1) / 2
+    return areas
+
+
+def vertex_normals(vertices: NDArray[np.float64], faces: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Unit normals (v, 3) outward: the mean of the adjacent faces' by area; (0, 0, 1) where that vanishes."""
+    area_vectors = face_normals(vertices, faces)
+    total = np.stack(
+        [np.bincount(faces.ravel(), np.repeat(area_vectors[:, axis], 3), minlength=len(vertices)) for axis in range(3)],
+        axis=1,
+    )
+    length = np.linalg.norm(total, axis=1, keepdims=True)
+    normals = np.where(length > 0, total / np.where(length > 0, length, 1), (0.0, 0.0, 1.0))
+    return normals.astype(np.float32)
+
+
+def face_components(faces: NDArray[np.int64], n_vertices: int) -> NDArray[np.int64]:
+    """Labels (f,), 0 and up: faces with one label are connected through shared vertices."""
+    pairs = np.concatenate([faces[:, :2], faces[:, 1:]])
+    ones = np.ones(len(pairs), np.int8)
+    graph = coo_array((ones, (pairs[:, 0], pairs[:, 1])), shape=(n_vertices, n_vertices))
+    _, labels = connected_components(graph, directed=False)
+    _, dense = np.unique(labels[faces[:, 0]], return_inverse=True)
+    return dense.astype(np.int64)
+
+
+def keep_faces(mesh: TriangleMesh, keep: NDArray[np.bool_]) -> TriangleMesh:
+    """The mesh of the faces where `keep` (f,) is true, without the vertices that no face uses any more."""
+    faces = mesh.faces[keep]
+    used = np.zeros(len(mesh.vertices), bool)
+    used[faces] = True
+    row = np.cumsum(used, dtype=np.int64) - 1
+    normals = None if mesh.normals is None else mesh.normals[used]
+    return TriangleMesh(vertices=mesh.vertices[used], faces=row[faces], normals=normals)
+
+
+def drop_small_components(mesh: TriangleMesh, min_share: float) -> TriangleMesh:
+    """`mesh` without the connected components that have less than `min_share` (0..1) of the largest one's area."""
+    if min_share <= 0:
+        return mesh
+    labels = face_components(mesh.faces, len(mesh.vertices))
+    areas = np.bincount(labels, face_areas(mesh.vertices, mesh.faces))
+    return keep_faces(mesh, (areas >= min_share * areas.max())[labels])
+
+
+def trim_to_points(mesh: TriangleMesh, points: NDArray[np.float64], max_distance: float) -> TriangleMesh:
+    """`mesh` without the faces that have a vertex farther than `max_distance` from every one of `points` (n, 3).
+
+    For surfaces that are open in truth: a signed distance field draws a lid over each opening. The new border runs
+    along edges of the mesh. Mesh, points and distance share their frame. Raises ExtractionError if nothing is left.
+    """
+    tree = cKDTree(points)
+    distance, _ = tree.query(mesh.vertices, distance_upper_bound=np.nextafter(max_distance, np.inf))
+    near = np.isfinite(distance)
+    trimmed = keep_faces(mesh, near[mesh.faces].all(axis=1))
+    if not len(trimmed.faces):
+        closest, _ = tree.query(mesh.vertices)
+        raise ExtractionError(
+            f"trimming at {max_distance:g} leaves nothing: "
+            f"the vertices lie {closest.min():.4g} to {closest.max():.4g} from the points"
+        )
+    return trimmed
