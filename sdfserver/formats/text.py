@@ -1,0 +1,185 @@
+"""Text with one point a line (XYZ, PTS, TXT, CSV), and the tables of numbers that other formats hold."""
+
+import io
+import re
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+
+from sdfserver.cloud import PointCloud
+from sdfserver.errors import CloudFormatError
+from sdfserver.formats.common import Floats, cloud_of, named_columns, quote, reason, unnamed_columns
+
+MAX_LINE = 1 << 20
+
+
+def plain_text(data: bytes) -> bytes:
+    """The bytes of a text file with plain line ends, or CloudFormatError where it is no such thing."""
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise CloudFormatError("the text is UTF-16; save it as UTF-8")
+    nul = data.find(b"\0")
+    if nul >= 0:
+        raise CloudFormatError(f"byte {nul} is NUL, so the file is not text; check its format and extension")
+    data = data.removeprefix(b"\xef\xbb\xbf")
+    if b"\r" in data:
+        data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    ends = np.flatnonzero(np.frombuffer(data, np.uint8) == ord("\n"))
+    lengths = np.diff(ends, prepend=-1, append=len(data))
+    if lengths.max() > MAX_LINE:
+        row = int(lengths.argmax())
+        raise CloudFormatError(f"line {row + 1} has {lengths[row]} characters; a table has one point on each line")
+    return data
+
+
+def number_table(
+    rows: bytes | Sequence[bytes],
+    *,
+    columns: Sequence[int] | None = None,
+    delimiter: str | None = None,
+    first_line: int = 1,
+    max_rows: int | None = None,
+) -> Floats:
+    """Rows of numbers, (rows, columns); every row must have the named columns, or as many as the first."""
+    stream = io.BytesIO(rows) if isinstance(rows, bytes) else rows
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about blank lines and empty input: both are looked at here
+            return np.loadtxt(
+                stream,
+                dtype=np.float64,
+                comments=None,
+                delimiter=delimiter,
+                usecols=columns,
+                ndmin=2,
+                encoding="latin-1",
+                max_rows=max_rows,
+                quotechar='"' if delimiter else None,
+            )
+    except (ValueError, IndexError) as error:
+        lines = rows.split(b"\n") if isinstance(rows, bytes) else rows
+        raise _bad_row(lines, columns, delimiter, first_line, error) from None
+
+
+def _bad_row(
+    lines: Sequence[bytes], columns: Sequence[int] | None, delimiter: str | None, first_line: int, error: Exception
+) -> CloudFormatError:
+    """The error that quotes the first line which is not a row of numbers."""
+    width: int | None = None
+    for number, line in enumerate(lines, first_line):
+        tokens = line.split(delimiter.encode() if delimiter else None)
+        if not b"".join(tokens).strip():
+            continue
+        wanted = range(len(tokens)) if columns is None else columns
+        width = len(tokens) if width is None else width
+        missing = len(tokens) != width if columns is None else len(tokens) <= max(columns)
+        if missing:
+            need = width if columns is None else max(columns) + 1
+            return CloudFormatError(f"line {number} has {len(tokens)} values, not {need}: {quote(line)}; correct it")
+        bad = next((tokens[i] for i in wanted if not is_number(tokens[i].strip(b' \t"'))), None)
+        if bad is not None:
+            return CloudFormatError(f"line {number} has {quote(bad)} where a number belongs; correct it")
+    return CloudFormatError(f"its rows cannot be read as numbers ({reason(error)}); export the cloud again")
+
+
+def is_number(token: bytes) -> bool:
+    """Whether the token is a number, NaN and infinity included."""
+    try:
+        float(token)
+    except ValueError:
+        return False
+    return b"_" not in token
+
+
+_COMMENT = re.compile(rb"(?:#|//)([^\n]*)")
+
+
+def read_text(data: bytes) -> PointCloud:
+    """One point a line; a header that names the columns, a PTS count and comments (# or //) are optional."""
+    data = plain_text(data)
+    commented_names: list[str] | None = None
+    if b"#" in data or b"//" in data:
+        commented_names = _names_in_comments(data)
+        data = _COMMENT.sub(b"", data)
+    offset, line = _next_line(data, 0)
+    count: int | None = None
+    if re.fullmatch(rb"\d{1,18}", line.strip()):
+        count = int(line)
+        offset, line = _next_line(data, offset + len(line))
+    delimiter = ";" if b";" in line else "," if b"," in line else None
+    names = commented_names
+    tokens = _tokens(line, delimiter)
+    if not all(is_number(token) for token in tokens[:3]):
+        names = [_plain_name(token) for token in tokens]
+        if not any(name.lower() == "x" for name in names):
+            raise CloudFormatError(
+                f"the line {quote(line)} is neither three numbers nor a header that names x, y and z; "
+                "export the cloud as x y z nx ny nz"
+            )
+        offset, line = _next_line(data, offset + len(line))
+        tokens = _tokens(line, delimiter)
+    body = data[offset:]
+    if not body.strip():
+        raise CloudFormatError("it holds no points; export the cloud again")
+    if delimiter == ";":
+        body = body.replace(b",", b".")  # a semicolon separates where the comma is the decimal point
+    first_line = data.count(b"\n", 0, offset) + 1
+    return _text_cloud(body, tokens, names, delimiter, first_line, count)
+
+
+def _text_cloud(
+    body: bytes, tokens: list[bytes], names: list[str] | None, delimiter: str | None, first_line: int, count: int | None
+) -> PointCloud:
+    named = named_columns(names) if names is not None and len(names) <= len(tokens) else None
+    if named is not None:
+        columns: list[int] | None = named[0] + (named[1] or [])
+    else:
+        numeric = next((i for i, token in enumerate(tokens) if not is_number(token)), len(tokens))
+        if numeric < 3:
+            raise CloudFormatError(
+                f"line {first_line} has {numeric} numbers; a point needs at least x, y and z (then nx, ny, nz)"
+            )
+        columns = None if numeric == len(tokens) else list(range(numeric))
+    table = number_table(body, columns=columns, delimiter=delimiter, first_line=first_line)
+    if count is not None and count != len(table):
+        raise CloudFormatError(f"the first line promises {count} points, but {len(table)} follow; export it again")
+    if named is not None:
+        return cloud_of(table[:, :3], table[:, 3:] if named[1] else None)
+    return unnamed_columns(table)
+
+
+def _next_line(data: bytes, offset: int) -> tuple[int, bytes]:
+    """Offset and content of the first line from `offset` on that is not blank; empty at the end."""
+    while offset < len(data):
+        end = data.find(b"\n", offset)
+        end = len(data) if end < 0 else end
+        if data[offset:end].strip():
+            return offset, data[offset:end]
+        offset = end + 1
+    return len(data), b""
+
+
+def _tokens(line: bytes, delimiter: str | None) -> list[bytes]:
+    if delimiter == ";":
+        line = line.replace(b",", b".")
+    tokens = [token.strip(b' \t"') for token in line.split(delimiter.encode() if delimiter else None)]
+    while tokens and not tokens[-1]:
+        tokens.pop()
+    return tokens
+
+
+def _plain_name(token: bytes) -> str:
+    """A column's name without its unit: 'X [m]' and 'x(m)' are x."""
+    return re.split(r"[\[(]", token.decode("latin-1"))[0].strip()
+
+
+def _names_in_comments(data: bytes) -> list[str] | None:
+    """The names in the last comment before the first row, where they name x, y and z."""
+    names: list[str] | None = None
+    offset = 0
+    while (start := _next_line(data, offset))[1].lstrip().startswith((b"#", b"//")):
+        found = [_plain_name(token) for token in re.split(rb"[,;\s]+", start[1].strip(b"#/ \t")) if token]
+        if {"x", "y", "z"} <= {name.lower() for name in found}:
+            names = found
+        offset = start[0] + len(start[1])
+    return names

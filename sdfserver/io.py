@@ -1,0 +1,323 @@
+"""Cloud and mesh files <-> arrays.
+
+World frame throughout: coordinates are kept as float64 exactly as the file has them; nothing is centred or scaled.
+The extension decides the format. A file is never trusted: what its header promises is compared with the bytes that
+are there before anything is allocated for it. Whatever is wrong with a cloud's file is one line of CloudFormatError.
+A surface given as a cloud (PLY, OBJ, OFF or STL with faces) whose vertices carry no normals gets the area-weighted
+normals of its faces. Meshes are written to a temporary file beside the target, which then takes its place.
+"""
+
+import os
+import re
+import secrets
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sdfserver.cloud import PointCloud
+from sdfserver.errors import CloudError, CloudFormatError, MissingDependencyError, OutputError
+from sdfserver.formats.arrays import read_npy, read_npz
+from sdfserver.formats.common import Floats, printable, reason
+from sdfserver.formats.pcd import read_pcd
+from sdfserver.formats.ply import read_ply
+from sdfserver.formats.scans import read_e57, read_las
+from sdfserver.formats.surfaces import area_normals, read_obj, read_off, read_stl, stl_size
+from sdfserver.formats.text import read_text
+from sdfserver.mesh import TriangleMesh
+
+_ROWS_PER_WRITE = 100_000
+_FLOAT32_LOSS = 1e-6
+"""The rounding, as a share of the diagonal, above which a mesh is written with float64 coordinates."""
+
+
+def read_cloud(path: str | os.PathLike[str]) -> PointCloud:
+    """The points of a cloud's file and their normals, as they are; normals is None where the file has none.
+
+    Every format of CLOUD_FORMATS; LAS, LAZ and E57 need an extra. Rows of a PCD whose x, y and z are all NaN, and
+    points that an E57 marks invalid, are the format's way to say that nothing was measured: they are left out.
+
+    Raises CloudError where the file cannot be opened, CloudFormatError where it is not what it says it is, and
+    MissingDependencyError where its format needs a package that is not installed.
+    """
+    path = Path(path)
+    extension = path.suffix[1:].lower()
+    name = printable(path.name)
+    if extension not in CLOUD_FORMATS:
+        known = ", ".join(CLOUD_FORMATS)
+        raise CloudFormatError(f"{name}: '.{printable(extension)}' is not a known cloud format; use one of {known}")
+    data = _file_bytes(path)
+    try:
+        _refuse_other_kind(data, extension)
+        return read_e57(data, path) if extension == "e57" else _READERS[extension](data)
+    except CloudFormatError as error:
+        raise CloudFormatError(f"{name}: {error}") from None
+
+
+def read_mesh(path: str | os.PathLike[str]) -> TriangleMesh:
+    """The mesh of a file in one of MESH_FORMATS, vertices in file order and world units (through trimesh).
+
+    Raises OSError or ValueError where the file cannot be read.
+    """
+    scene = _trimesh().load_scene(Path(path), process=False, maintain_order=True, skip_materials=True)
+    vertices, faces, normals = [np.empty((0, 3))], [np.empty((0, 3), np.int64)], [np.empty((0, 3), np.float32)]
+    for node in scene.graph.nodes_geometry:
+        transform, name = scene.graph[node]
+        mesh = scene.geometry[name]
+        faces.append(np.asarray(mesh.faces, dtype=np.int64) + sum(map(len, vertices)))
+        vertices.append(np.asarray(mesh.vertices) @ transform[:3, :3].T + transform[:3, 3])
+        if "vertex_normals" in mesh._cache:  # asking the mesh itself would compute them
+            normals.append(np.asarray(mesh.vertex_normals @ transform[:3, :3].T, dtype=np.float32))
+    all_normals = np.concatenate(normals)
+    points = np.concatenate(vertices)
+    complete = 0 < len(points) == len(all_normals)
+    return TriangleMesh(vertices=points, faces=np.concatenate(faces), normals=all_normals if complete else None)
+
+
+def write_mesh(mesh: TriangleMesh, path: str | os.PathLike[str]) -> None:
+    """Write a mesh in the format of the path's extension: completely, or not at all.
+
+    ply: binary, with normals; float32 coordinates unless they would lose more than a millionth of the diagonal.
+    obj, with normals, and off, without: text with as many digits as the position needs. glb: float32 with normals;
+    far from the origin relative to the node's translation, so that the position is kept. stl: float32 by its
+    definition, so that far from the origin it rounds (to 0.5 m at UTM northings); choose another format there.
+
+    Raises OutputError where the file cannot be written, MissingDependencyError for glb without trimesh.
+    """
+    path = Path(path)
+    write = _WRITERS[_mesh_extension(path, MESH_FORMATS)]
+    try:
+        with _replacing(path) as stream:
+            write(mesh, stream)
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{printable(str(path))} cannot be written: {reason(error)}") from None
+
+
+def check_writable(path: str | os.PathLike[str], formats: Sequence[str] | None = None) -> None:
+    """Raise OutputError now if a file could not be written at `path` later; leaves nothing behind.
+
+    formats: the extensions that are allowed, without their dot; MESH_FORMATS unless given.
+    """
+    path = Path(path)
+    shown = printable(str(path))
+    try:
+        if path.is_dir():
+            raise OutputError(f"{shown} is a folder; give a file name in it")
+        _mesh_extension(path, MESH_FORMATS if formats is None else formats)
+        folder = Path(os.path.realpath(path)).parent
+        if not folder.is_dir():
+            raise OutputError(f"{shown} cannot be written: there is no folder {printable(str(path.parent))}; create it")
+        if path.exists() and not os.access(path, os.W_OK):
+            raise OutputError(f"{shown} cannot be written: it exists and is read-only; choose another name")
+        probe = folder / _temporary_name(path)
+        probe.open("xb").close()
+        probe.unlink()
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{shown} cannot be written: {reason(error)}") from None
+
+
+# Reading
+
+
+def _file_bytes(path: Path) -> bytes:
+    shown = printable(str(path))
+    try:
+        if path.is_dir():
+            raise CloudError(f"{shown} is a folder; give a file")
+        if not path.exists():
+            raise CloudError(f"{shown} does not exist; check the path")
+        if not path.is_file():
+            raise CloudError(f"{shown} is not an ordinary file; save the cloud to a file first")
+        data = path.read_bytes()
+    except (OSError, ValueError) as error:
+        raise CloudError(f"{shown} cannot be read: {reason(error)}") from None
+    if not data:
+        raise CloudFormatError(f"{printable(path.name)}: the file is empty; export the cloud again")
+    return data
+
+
+_MAGIC: tuple[tuple[re.Pattern[bytes], str, tuple[str, ...]], ...] = (
+    (re.compile(rb"ply[\r\n]"), "a PLY file", ("ply",)),
+    (re.compile(rb"\x93NUMPY"), "an NPY file", ("npy",)),
+    (re.compile(rb"PK\x03\x04"), "a zip archive", ("npz",)),
+    (re.compile(rb"LASF"), "a LAS file", ("las", "laz")),
+    (re.compile(rb"ASTM-E57"), "an E57 file", ("e57",)),
+    (re.compile(rb"(# )?\.PCD|VERSION \.?\d"), "a PCD file", ("pcd",)),
+    (re.compile(rb"(ST)?C?N?OFF\s"), "an OFF file", ("off",)),
+    (re.compile(rb"glTF"), "a GLB file", ()),
+    (re.compile(rb"\x1f\x8b"), "a gzip archive", ()),
+    (re.compile(rb"\s*<(!doctype|html|\?xml)", re.IGNORECASE), "a web page or XML", ()),
+)
+
+
+def _refuse_other_kind(data: bytes, extension: str) -> None:
+    for pattern, kind, extensions in _MAGIC:
+        if not pattern.match(data) or extension in extensions:
+            continue
+        if extension == "stl" and len(data) >= 84 and len(data) == stl_size(data):
+            continue  # the first 80 bytes of a binary STL are free text
+        remedy = f"rename it to end in .{extensions[0]}" if extensions else "export or unpack the cloud again"
+        raise CloudFormatError(f"the file is {kind}, not {extension.upper()}; {remedy}")
+
+
+_READERS: dict[str, Callable[[bytes], PointCloud]] = {
+    "ply": read_ply,
+    **dict.fromkeys(("xyz", "xyzn", "pts", "txt", "asc", "csv"), read_text),
+    "npy": read_npy,
+    "npz": read_npz,
+    "pcd": read_pcd,
+    "obj": read_obj,
+    "off": read_off,
+    "stl": read_stl,
+    **dict.fromkeys(("las", "laz"), read_las),
+}
+
+CLOUD_FORMATS: tuple[str, ...] = (*_READERS, "e57")
+"""The extensions, without their dot, that read_cloud knows."""
+
+
+# Writing
+
+
+def _mesh_extension(path: Path, formats: Sequence[str]) -> str:
+    extension = path.suffix[1:].lower()
+    if extension not in formats:
+        known = ", ".join(f".{name}" for name in formats)
+        raise OutputError(f"{printable(str(path))}: '{printable(path.suffix)}' is not a known format; use {known}")
+    return extension
+
+
+def _temporary_name(path: Path) -> str:
+    return f".{path.name[:100]}.{secrets.token_hex(6)}.tmp"
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A stream whose content becomes the file at `path` when it is complete, and is removed when it is not."""
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise OutputError(f"{printable(str(path))} is a folder; give a file name in it")
+    temporary = target.with_name(_temporary_name(path))
+    stream = temporary.open("xb")
+    try:
+        with stream:
+            yield stream
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _float32_keeps(vertices: Floats) -> bool:
+    if not len(vertices):
+        return True
+    diagonal = float(np.linalg.norm(np.ptp(vertices, axis=0)))
+    with np.errstate(over="ignore"):
+        loss = np.abs(vertices - vertices.astype(np.float32)).max()
+    return bool(loss <= _FLOAT32_LOSS * diagonal)
+
+
+def _write_ply(mesh: TriangleMesh, stream: BinaryIO) -> None:
+    real, code = ("float", "<f4") if _float32_keeps(mesh.vertices) else ("double", "<f8")
+    columns: dict[str, tuple[str, str, NDArray[Any]]] = {
+        axis: (real, code, mesh.vertices[:, i]) for i, axis in enumerate("xyz")
+    }
+    if mesh.normals is not None:
+        columns |= {name: ("float", "<f4", mesh.normals[:, i]) for i, name in enumerate(("nx", "ny", "nz"))}
+    vertices = np.empty(len(mesh.vertices), dtype=np.dtype([(name, code) for name, (_, code, _) in columns.items()]))
+    for name, (_, _, column) in columns.items():
+        vertices[name] = column
+    faces = np.empty(len(mesh.faces), dtype=np.dtype([("size", "u1"), ("corners", "<i4", 3)]))
+    faces["size"] = 3
+    faces["corners"] = mesh.faces
+    properties = [f"property {kind} {name}" for name, (kind, _, _) in columns.items()]
+    header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(vertices)}", *properties,
+              f"element face {len(faces)}", "property list uchar int vertex_indices", "end_header", ""]  # fmt: skip
+    stream.write("\n".join(header).encode("ascii"))
+    stream.write(vertices.tobytes())
+    stream.write(faces.tobytes())
+
+
+def _digits(vertices: Floats) -> int:
+    """Significant digits that keep a billionth of the diagonal, and never fewer than float32 has."""
+    if not len(vertices):
+        return 9
+    largest, diagonal = float(np.abs(vertices).max()), float(np.linalg.norm(np.ptp(vertices, axis=0)))
+    if not (largest > 0 and diagonal > 0 and np.isfinite(largest / diagonal)):
+        return 17
+    return int(np.clip(np.ceil(np.log10(largest / diagonal)) + 9, 9, 17))
+
+
+def _write_rows(stream: BinaryIO, row: str, table: NDArray[Any]) -> None:
+    """`row` formatted with each row of the table."""
+    for start in range(0, len(table), _ROWS_PER_WRITE):
+        part = table[start : start + _ROWS_PER_WRITE]
+        stream.write((row * len(part) % tuple(part.reshape(-1).tolist())).encode("ascii"))
+
+
+def _write_obj(mesh: TriangleMesh, stream: BinaryIO) -> None:
+    number = f"%.{_digits(mesh.vertices)}g"
+    _write_rows(stream, f"v {number} {number} {number}\n", mesh.vertices)
+    if mesh.normals is None:
+        _write_rows(stream, "f %d %d %d\n", mesh.faces + 1)
+        return
+    _write_rows(stream, "vn %.6g %.6g %.6g\n", mesh.normals)
+    _write_rows(stream, "f %d//%d %d//%d %d//%d\n", np.repeat(mesh.faces + 1, 2, axis=1))
+
+
+def _write_off(mesh: TriangleMesh, stream: BinaryIO) -> None:
+    number = f"%.{_digits(mesh.vertices)}g"
+    stream.write(f"OFF\n{len(mesh.vertices)} {len(mesh.faces)} 0\n".encode("ascii"))
+    _write_rows(stream, f"{number} {number} {number}\n", mesh.vertices)
+    _write_rows(stream, "3 %d %d %d\n", mesh.faces)
+
+
+def _write_stl(mesh: TriangleMesh, stream: BinaryIO) -> None:
+    normals = area_normals(mesh.vertices, mesh.faces)
+    length = np.linalg.norm(normals, axis=1, keepdims=True)
+    facets = np.zeros(len(mesh.faces), dtype=np.dtype([("n", "<f4", 3), ("v", "<f4", (3, 3)), ("a", "<u2")]))
+    facets["n"] = np.divide(normals, length, out=np.zeros_like(normals), where=length > 0)
+    facets["v"] = mesh.vertices[mesh.faces]
+    stream.write(b"binary STL, float32".ljust(80) + struct.pack("<I", len(facets)))
+    stream.write(facets.tobytes())
+
+
+def _write_glb(mesh: TriangleMesh, stream: BinaryIO) -> None:
+    trimesh = _trimesh()
+    vertices, transform = mesh.vertices, np.eye(4)
+    if not _float32_keeps(vertices):
+        transform[:3, 3] = (vertices.min(axis=0) + vertices.max(axis=0)) / 2
+        vertices = vertices - transform[:3, 3]
+    body = trimesh.Trimesh(
+        vertices=vertices,
+        faces=mesh.faces,
+        vertex_normals=None if mesh.normals is None else mesh.normals.astype(np.float64),
+        process=False,
+    )
+    scene = trimesh.Scene()
+    scene.add_geometry(body, transform=transform, geom_name="surface")
+    stream.write(scene.export(file_type="glb", include_normals=mesh.normals is not None))
+
+
+def _trimesh() -> Any:
+    try:
+        import trimesh
+    except ImportError:
+        raise MissingDependencyError("GLB meshes need trimesh: pip install trimesh") from None
+    return trimesh
+
+
+_WRITERS: dict[str, Callable[[TriangleMesh, BinaryIO], None]] = {
+    "ply": _write_ply,
+    "obj": _write_obj,
+    "stl": _write_stl,
+    "glb": _write_glb,
+    "off": _write_off,
+}
+
+MESH_FORMATS: tuple[str, ...] = tuple(_WRITERS)
+"""The extensions, without their dot, that write_mesh knows."""
