@@ -12,7 +12,10 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 
-from sdfserver.errors import ExtractionError
+from sdfserver.errors import ExtractionError, MissingDependencyError
+
+_PATIENCE = 5.0
+"""How fast fast-simplification raises its threshold, 0 to 10: lower is slower and truer."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -82,6 +85,25 @@ def drop_small_components(mesh: TriangleMesh, min_share: float) -> TriangleMesh:
     return keep_faces(mesh, (areas >= min_share * areas.max())[labels])
 
 
+def drop_unsupported_components(
+    mesh: TriangleMesh, points: NDArray[np.float64], *, min_points: int = 8
+) -> TriangleMesh:
+    """`mesh` without the connected components that fewer than `min_points` of `points` (n, 3) are nearest to.
+
+    A sheet that the fit left in empty space, or a bubble beside the surface, has no measurement of its own. The largest
+    component stays in any case.
+    """
+    labels = face_components(mesh.faces, len(mesh.vertices))
+    if labels.max(initial=0) == 0:
+        return mesh
+    component = np.zeros(len(mesh.vertices), np.int64)
+    component[mesh.faces] = labels[:, None]
+    _, nearest = cKDTree(mesh.vertices).query(points, workers=-1)
+    support = np.bincount(component[nearest], minlength=labels.max() + 1)
+    keep = support >= min(min_points, support.max())
+    return mesh if keep.all() else keep_faces(mesh, keep[labels])
+
+
 def trim_to_points(mesh: TriangleMesh, points: NDArray[np.float64], max_distance: float) -> TriangleMesh:
     """`mesh` without the faces that have a vertex farther than `max_distance` from every one of `points` (n, 3).
 
@@ -99,3 +121,31 @@ def trim_to_points(mesh: TriangleMesh, points: NDArray[np.float64], max_distance
             f"the vertices lie {closest.min():.4g} to {closest.max():.4g} from the points"
         )
     return trimmed
+
+
+def simplify(mesh: TriangleMesh, target_faces: int) -> TriangleMesh:
+    """`mesh` with about `target_faces` faces, by collapsing the edges that change its shape least.
+
+    Garland and Heckbert, Surface simplification using quadric error metrics, SIGGRAPH 1997; collapses that would turn a
+    face over or pinch the surface are refused, so a closed mesh stays closed. Normals become those of the new faces.
+    A mesh that has no more faces than that is returned as it is.
+
+    Not for two threads at once: the library keeps its mesh in a global. Raises MissingDependencyError where
+    `fast-simplification` is not installed.
+    """
+    if len(mesh.faces) <= target_faces:
+        return mesh
+    try:
+        import fast_simplification
+    except ImportError as error:
+        raise MissingDependencyError(
+            "a target number of faces needs fast-simplification: pip install fast-simplification"
+        ) from error
+    # Its threshold on the error is absolute, and quadrics of far-off coordinates lose their digits.
+    center = (mesh.vertices.min(axis=0) + mesh.vertices.max(axis=0)) / 2
+    scale = float(np.ptp(mesh.vertices, axis=0).max()) or 1.0
+    vertices, faces = fast_simplification.simplify(
+        (mesh.vertices - center) / scale, mesh.faces.astype(np.int32), target_count=target_faces, agg=_PATIENCE
+    )
+    vertices, faces = vertices * scale + center, faces.astype(np.int64)
+    return TriangleMesh(vertices=vertices, faces=faces, normals=vertex_normals(vertices, faces))
