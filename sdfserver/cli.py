@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise
             return _fail(f"unexpected {type(error).__name__}: {error} (set {DEBUG}=1 for details)", 1)
     if code == INTERRUPTED:
-        return _fail("interrupted", INTERRUPTED)
+        _say("interrupted")
     return int(code or 0)
 
 
