@@ -340,14 +340,16 @@ def _progress_bar(*, quiet: bool) -> Iterator[Callable[["Progress"], None] | Non
     from rich.console import Console
     from rich.progress import BarColumn, TaskProgressColumn, TextColumn
     from rich.progress import Progress as Bar
+    from rich.table import Column
 
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[details]}", style="dim"),
+        TextColumn("{task.description}", table_column=Column(width=7)),
+        BarColumn(bar_width=20, table_column=Column(width=20)),
+        TaskProgressColumn(table_column=Column(width=4)),
+        # What a narrow terminal has no room for is cut off here.
+        TextColumn("{task.fields[details]}", style="dim", table_column=Column(ratio=1, no_wrap=True)),
     )
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Bar(*columns, console=Console(stderr=True), transient=True, expand=True) as bar:
         task = bar.add_task("loading", total=1.0, details="")
 
         def show(progress: "Progress") -> None:
