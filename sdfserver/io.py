@@ -53,7 +53,11 @@ def read_cloud(path: str | os.PathLike[str]) -> PointCloud:
     data = _file_bytes(path)
     try:
         _refuse_other_kind(data, extension)
-        return read_e57(data, path) if extension == "e57" else _READERS[extension](data)
+        with np.errstate(all="ignore"):  # a damaged file's numbers may be anything; validate looks at them
+            cloud = read_e57(data, path) if extension == "e57" else _READERS[extension](data)
+        if not len(cloud.points):
+            raise CloudFormatError("it holds no points; export the cloud again")
+        return cloud
     except CloudFormatError as error:
         raise CloudFormatError(f"{name}: {error}") from None
 

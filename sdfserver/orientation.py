@@ -30,7 +30,7 @@ def disagreement(points: NDArray[np.float64], normals: NDArray[np.float64]) -> f
     sides of it: 0.5 for random signs, 2 p (1 - p) where a share p is flipped at random. Second, of the normals,
     those to be flipped for all to agree, where whole patches contradict each other (as when every normal was given a
     positive largest component): a spanning tree of the most similar neighbours says which, and is believed only where
-    it resolves nearly all contradictions, because on noise and thin walls it errs.
+    it resolves nearly all contradictions and few are thin walls, because on noise and thin walls it errs.
 
     Large clouds are judged by 20,000 of their points. Deterministic. 0 where no neighbours can be compared.
     """
@@ -41,13 +41,17 @@ def disagreement(points: NDArray[np.float64], normals: NDArray[np.float64]) -> f
         return 0.0
     pairs = _neighbours(points, normals, _JUDGED_NEIGHBOURS)
     signs = np.ones(len(points))
-    share = _opposite_share(pairs, signs)
+    share, walls = _opposite_share(pairs, signs)
     signs = _without_lone_flips(pairs, signs)
-    left = _opposite_share(pairs, signs)
-    if len(points) < _FEWEST_FOR_PATCHES or not _FEWEST_CONTRADICTIONS < left < _MOST_CONTRADICTIONS:
+    left = _opposite_share(pairs, signs)[0]
+    if (
+        walls > 3 * share
+        or len(points) < _FEWEST_FOR_PATCHES
+        or not _FEWEST_CONTRADICTIONS < left < _MOST_CONTRADICTIONS
+    ):
         return share
     tree_signs, flipped = _tree_signs(pairs, signs)
-    resolved = _opposite_share(pairs, tree_signs) < _RESOLVED * left
+    resolved = _opposite_share(pairs, tree_signs)[0] < _RESOLVED * left
     return max(share, flipped) if resolved else share
 
 
@@ -95,11 +99,12 @@ def _neighbours(points: NDArray[np.float64], normals: NDArray[np.float64], neigh
     )
 
 
-def _opposite_share(pairs: _Pairs, signs: NDArray[np.float64]) -> float:
+def _opposite_share(pairs: _Pairs, signs: NDArray[np.float64]) -> tuple[float, float]:
     """The share of comparable pairs that contradict each other, when the normals are multiplied by `signs`.
 
     Two sides of a wall thinner than the spacing contradict each other too, but each lies behind the other (in a slot:
     in front), while on one surface with wrong signs as many are in front as behind: only that balanced part counts.
+    The share of the rest, the walls, comes second.
     """
     comparable = np.maximum(np.abs(pairs.behind_first), np.abs(pairs.behind_second)) < 0.5
     comparable &= np.abs(pairs.agreement) > 0.5
@@ -107,7 +112,8 @@ def _opposite_share(pairs: _Pairs, signs: NDArray[np.float64]) -> float:
     offset = (pairs.behind_first * signs[pairs.first] + pairs.behind_second * signs[pairs.second])[opposite]
     front, behind = int((offset > 0).sum()), int((offset < 0).sum())
     level = len(offset) - front - behind
-    return (2 * min(front, behind) + level) / max(int(comparable.sum()), 1)
+    total = max(int(comparable.sum()), 1)
+    return (2 * min(front, behind) + level) / total, abs(front - behind) / total
 
 
 def _without_lone_flips(pairs: _Pairs, signs: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -31,6 +31,7 @@ def quote(found: bytes | str, limit: int = 40) -> str:
 def reason(error: BaseException) -> str:
     """What an exception of the system or of a library says, on one line."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    text = re.sub(r"<[\w.]+ object at 0x[0-9a-f]+>", "an object", text)
     return printable(" ".join(text.split())[:200]) or type(error).__name__
 
 
@@ -43,8 +44,9 @@ def whole_number(token: bytes, what: str) -> int:
 
 def broken_promise(promised: int, there: int, what: str) -> CloudFormatError:
     """The error for a header that promises more than the file holds."""
+    found = f"has room for {there}" if there < promised else f"holds {there}"
     return CloudFormatError(
-        f"the header promises {promised} {what}, but the file has room for {there}; it is truncated or corrupt: "
+        f"the header promises {promised} {what}, but the file {found}; it is truncated or corrupt: "
         "export or copy it again"
     )
 
@@ -72,6 +74,8 @@ def unnamed_columns(table: NDArray[Any]) -> PointCloud:
     More: the first triple behind optional intensity or colours of which 99 in 100 rows are unit vectors.
     """
     width = table.shape[1]
+    if not len(table):
+        return cloud_of(table[:, :3], None)
     for start in (3,) if width <= 6 else (3, 4, 6, 7):
         triple = table[:, start : start + 3]
         if triple.shape[1] < 3:

@@ -30,10 +30,12 @@ def read_las(data: bytes) -> PointCloud:
         raise _missing("laspy", "las", "LAS and LAZ") from None
     if data[:4] != b"LASF":
         raise CloudFormatError(f"it starts with {quote(data[:4])}, not with 'LASF'; check its format and extension")
-    if data[104:105] >= b"\x80" and not laspy.LazBackend.detect_available():
+    _check_las_records(data)
+    if data[104:105] >= b"\x80" and laspy.LazBackend.Lazrs not in laspy.LazBackend.detect_available():
         raise _missing("laspy[lazrs]", "las", "LAZ")
     try:
-        with laspy.open(io.BytesIO(data)) as reader:
+        # The sequential decoder: the parallel one allocates what the chunk table promises.
+        with laspy.open(io.BytesIO(data), laz_backend=laspy.LazBackend.Lazrs) as reader:
             promised = int(reader.header.point_count)
             width = int(reader.header.point_format.size)
             room = (len(data) - int(reader.header.offset_to_point_data)) // width
@@ -51,6 +53,23 @@ def read_las(data: bytes) -> PointCloud:
     if len(table) != promised:
         raise broken_promise(promised, len(table), "points")
     return cloud_of(table[:, :3], table[:, 3:] if table.shape[1] == 6 else None)
+
+
+def _check_las_records(data: bytes) -> None:
+    """Refuse more records or chunks than there is room for: laspy and lazrs would allocate what is promised."""
+    records = [("records", int.from_bytes(data[100:104], "little"), len(data) // 54)]
+    if data[24:26] == b"\x01\x04":
+        records.append(("extended records", int.from_bytes(data[243:247], "little"), len(data) // 60))
+    if data[104:105] >= b"\x80":
+        start = int.from_bytes(data[96:100], "little")
+        table = int.from_bytes(data[start : start + 8], "little", signed=True)
+        if table == -1:  # written as a stream: the table's place is at the end
+            table = int.from_bytes(data[-8:], "little", signed=True)
+        chunks = int.from_bytes(data[table + 4 : table + 8], "little") if table > 0 else 0
+        records.append(("compressed chunks", chunks, len(data)))
+    for what, promised, room in records:
+        if promised > room:
+            raise broken_promise(promised, room, what)
 
 
 def _las_table(chunk: Any) -> Floats:

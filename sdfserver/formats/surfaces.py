@@ -35,7 +35,7 @@ def polygons_of(sizes: Any, corners: Any) -> Polygons:
 
 
 def surface_cloud(points: Floats, polygons: Polygons) -> PointCloud:
-    """Vertices with the area-weighted normals of their polygons; those that get no direction are dropped."""
+    """Vertices with the area-weighted normals of their polygons."""
     triangles = _fan(polygons)
     if triangles.size and (triangles.min() < 0 or triangles.max() >= len(points)):
         wrong = int(triangles.min()) if triangles.min() < 0 else int(triangles.max())
@@ -68,21 +68,33 @@ def _summed(count: int, index: Ints, vectors: Floats) -> Floats:
 
 
 def _with_direction(points: Floats, normals: Floats) -> PointCloud:
+    """The vertices that have a direction; the others are no part of the surface.
+
+    Unless they are most of the points: then this is a cloud with a few polygons, and has no normals.
+    """
     has = np.any(normals != 0, axis=1)
+    if 2 * np.count_nonzero(has) < len(points):
+        return cloud_of(points, None)
     return cloud_of(points[has], normals[has]) if not has.all() else cloud_of(points, normals)
 
 
 def read_stl(data: bytes) -> PointCloud:
     """Corners at the same position become one vertex; facet normals follow from the winding, not from the file."""
-    if len(data) >= 84 and len(data) == stl_size(data):
-        facets = np.frombuffer(data, dtype=np.dtype([("n", "<f4", 3), ("v", "<f4", 9), ("a", "<u2")]), offset=84)
+    is_text = re.match(rb"\s*solid", data) is not None and len(data) != stl_size(data)
+    if not is_text and 84 < stl_size(data) <= len(data):
+        layout = np.dtype([("n", "<f4", 3), ("v", "<f4", 9), ("a", "<u2")])
+        facets = np.frombuffer(data, dtype=layout, offset=84, count=(stl_size(data) - 84) // 50)
         corners = facets["v"].reshape(-1, 3).astype(np.float64)
-    elif re.match(rb"\s*solid", data):
+    elif is_text:
         lines = [line for line in plain_text(data).split(b"\n") if line.lstrip()[:6].lower() == b"vertex"]
         if not lines or len(lines) % 3:
             raise CloudFormatError(f"it has {len(lines)} 'vertex' lines, not three for each facet; export it again")
+        if b"endsolid" not in data[-1000:].lower():
+            raise CloudFormatError(
+                f"it ends with {quote(data[-30:])}, not with 'endsolid'; it is truncated: export it again"
+            )
         corners = number_table(lines, columns=(1, 2, 3))
-    elif len(data) >= 84:
+    elif len(data) >= 134:
         promised = int.from_bytes(data[80:84], "little")
         raise broken_promise(promised, (len(data) - 84) // 50, "triangles")
     else:
@@ -160,7 +172,8 @@ def read_obj(data: bytes) -> PointCloud:
     given = number_table([lines[i] for i in at[b"vn"]], columns=(1, 2, 3)) if at[b"vn"] else np.empty((0, 3))
     sizes, corners, normal_corners = _obj_faces(lines, at)
     paired = normal_corners >= 0
-    if len(given) and (not paired.any() or np.array_equal(corners, normal_corners)) and len(given) == len(points):
+    by_order = 2 * len(np.unique(corners[paired])) < len(points) or np.array_equal(corners, normal_corners)
+    if len(given) == len(points) and by_order:
         return cloud_of(points, given)
     if len(given) and paired.any():
         index, vectors = corners[paired], given[normal_corners[paired]]
@@ -215,7 +228,7 @@ def _even_obj_faces(lines: list[bytes], n_vertices: int, n_normals: int) -> tupl
     except CloudFormatError:
         return None  # the general way finds the line to quote
     normals_given = len(fields) == 3 and fields[2]
-    if table.shape[1] != used * size or not (table >= 1).all() or not (table == np.floor(table)).all():
+    if table.shape != (len(lines), used * size) or not (table >= 1).all() or not (table == np.floor(table)).all():
         return None
     corners = table[:, ::used].reshape(-1) - 1
     normals = table[:, used - 1 :: used].reshape(-1) - 1 if normals_given else np.full(corners.shape, -1.0)

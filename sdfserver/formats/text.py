@@ -57,16 +57,22 @@ def number_table(
                 quotechar='"' if delimiter else None,
             )
     except (ValueError, IndexError) as error:
-        lines = rows.split(b"\n") if isinstance(rows, bytes) else rows
-        raise _bad_row(lines, columns, delimiter, first_line, error) from None
+        if isinstance(rows, bytes):
+            raise _bad_row(rows.split(b"\n"), columns, delimiter, "line", first_line, error) from None
+        raise _bad_row(rows, columns, delimiter, "row", 1, error) from None
 
 
 def _bad_row(
-    lines: Sequence[bytes], columns: Sequence[int] | None, delimiter: str | None, first_line: int, error: Exception
+    lines: Sequence[bytes],
+    columns: Sequence[int] | None,
+    delimiter: str | None,
+    counted: str,
+    start: int,
+    error: Exception,
 ) -> CloudFormatError:
-    """The error that quotes the first line which is not a row of numbers."""
+    """The error that quotes the first line which is not a row of numbers; they are `counted` from `start`."""
     width: int | None = None
-    for number, line in enumerate(lines, first_line):
+    for number, line in enumerate(lines, start):
         tokens = line.split(delimiter.encode() if delimiter else None)
         if not b"".join(tokens).strip():
             continue
@@ -75,10 +81,12 @@ def _bad_row(
         missing = len(tokens) != width if columns is None else len(tokens) <= max(columns)
         if missing:
             need = width if columns is None else max(columns) + 1
-            return CloudFormatError(f"line {number} has {len(tokens)} values, not {need}: {quote(line)}; correct it")
+            return CloudFormatError(
+                f"{counted} {number} has {len(tokens)} values, not {need}: {quote(line)}; correct it"
+            )
         bad = next((tokens[i] for i in wanted if not is_number(tokens[i].strip(b' \t"'))), None)
         if bad is not None:
-            return CloudFormatError(f"line {number} has {quote(bad)} where a number belongs; correct it")
+            return CloudFormatError(f"{counted} {number} has {quote(bad)} where a number belongs; correct it")
     return CloudFormatError(f"its rows cannot be read as numbers ({reason(error)}); export the cloud again")
 
 
