@@ -4,12 +4,14 @@ All lengths are in the unit frame ([-1, 1]^3) unless the name says otherwise.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import TYPE_CHECKING
 
 from sdfserver.errors import ConfigError
 
-Optimizer = Literal["adam", "soap"]
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def _require(holds: bool, message: str) -> None:
@@ -35,6 +37,131 @@ class NetworkConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LossWeights:
+    """Weights of the loss terms, in the convention of the official SIREN code.
+
+    There the one-sided terms are averaged over on- and off-surface samples together, so that half of `surface`,
+    `normal` and `off_surface` acts on the mean over their own samples.
+    """
+
+    surface: float = 6e3
+    normal: float = 400.0
+    off_surface: float = 100.0
+    eikonal: float = 50.0
+    distance: float = 200.0
+    warm_start: float = 6e3
+
+    def __post_init__(self) -> None:
+        for name, weight in vars(self).items():
+            _require(0 <= weight < math.inf, f"weight of {name} is {weight}; it must be zero or positive")
+
+    def for_noise(self, ratio: float) -> "LossWeights":
+        """These weights with what ties phi to the points, and its gradient to their normals, multiplied by `ratio`."""
+        return replace(self, surface=self.surface * ratio, normal=self.normal * ratio)
+
+    def total(self, terms: "Mapping[str, Tensor]") -> "Tensor":
+        """The weighted sum of `terms`, by their names."""
+        halves = {"surface": 0.5, "normal": 0.5, "off_surface": 0.5}
+        weighted = [getattr(self, name) * halves.get(name, 1.0) * term for name, term in terms.items()]
+        total: Tensor = sum(weighted[1:], start=weighted[0])
+        return total
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolConfig:
+    """The samples in the space around the cloud, drawn once before the fit."""
+
+    size: int = 100_000
+    near_share: float = 0.5
+    """Share scattered around the cloud; the rest is uniform in the cube."""
+    near_sigma: float = 0.1
+    """Mean standard deviation of the scattered ones."""
+    sign_confidence: float = 0.4
+    """A sign is trusted where the winding number w has |w - 1/2| above this; 0.5 and above trusts none."""
+
+    def __post_init__(self) -> None:
+        _require(self.size >= 1000, f"pool size is {self.size}; it must be at least 1000")
+        _require(0 <= self.near_share <= 1, f"near_share is {self.near_share}; it must be 0 to 1")
+        _require(self.near_sigma > 0, f"near_sigma is {self.near_sigma}; it must be positive")
+        _require(self.sign_confidence >= 0, f"sign_confidence is {self.sign_confidence}; it must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig:
+    """How the network is fitted to the cloud."""
+
+    steps: int = 900
+    batch_surface: int = 1400
+    """Points of the cloud in a step."""
+    batch_space: int = 800
+    """Samples of the pool in a step."""
+    learning_rate: float = 7e-4
+    """Of Adam, at its height. Collapse begins at 1e-3."""
+    beta2: float = 0.99
+    """Decay of Adam's second moment; shorter than usual, because the schedule is."""
+    warm_up_share: float = 0.02
+    """Share of the steps over which the learning rate rises linearly."""
+    decay: bool = True
+    """Whether the learning rate then falls as a half cosine, to a thousandth."""
+    warm_start_share: float = 0.2
+    """Share of the steps, at the start, of plain regression on the signed nearest-point distance."""
+    low_precision_share: float = 0.8
+    """Share of the steps in bfloat16, from the start, where the processor computes in it natively."""
+    clip_norm: float | None = None
+    """Largest norm of the whole gradient; None does not clip."""
+    alpha: float = 100.0
+    """Steepness of the off-surface term, per unit length."""
+    untrusted_share: float = 0.2
+    """Weight of the off-surface term where the sign is not trusted, as a share of its weight elsewhere.
+
+    The term draws the smallest sheet over a hole in the data; the little that is left lets the surface run on smoothly.
+    """
+    weights: LossWeights = field(default_factory=LossWeights)
+    reference_noise: float | None = 1.2e-3
+    """Noise of the cloud that `weights` are for; the surface and normal weights go as its inverse. None fixes them.
+
+    |phi| over the noise is the negative logarithm of a Laplace likelihood: points bind as far as they can be believed.
+    """
+    noise_range: tuple[float, float] = (1.0, 2.5)
+    """Bounds of the factor that the noise puts on the weights; under 1 is no better on the noisiest clouds tried."""
+    pool: PoolConfig = field(default_factory=PoolConfig)
+
+    def __post_init__(self) -> None:
+        _require(1 <= self.steps <= 10_000_000, f"steps is {self.steps}; it must be 1 to 10,000,000")
+        for name in ("batch_surface", "batch_space"):
+            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
+        rate = self.learning_rate
+        _require(0 < rate < math.inf, f"learning_rate is {rate}; it must be positive")
+        _require(0 <= self.beta2 < 1, f"beta2 is {self.beta2}; it must be in [0, 1)")
+        for name in ("warm_up_share", "warm_start_share", "low_precision_share", "untrusted_share"):
+            _require(0 <= getattr(self, name) <= 1, f"{name} is {getattr(self, name)}; it must be 0 to 1")
+        clip = self.clip_norm
+        _require(clip is None or clip > 0, f"clip_norm is {clip}; it must be positive")
+        _require(0 < self.alpha < math.inf, f"alpha is {self.alpha}; it must be positive")
+        noise, (low, high) = self.reference_noise, self.noise_range
+        _require(noise is None or 0 < noise < math.inf, f"reference_noise is {noise}; it must be positive")
+        _require(0 < low <= high < math.inf, f"noise_range is ({low}, {high}); it must rise and be positive")
+
+    def weights_for(self, noise: float) -> LossWeights:
+        """The weights for a cloud with `noise`, the standard deviation of its points along the normals."""
+        if self.reference_noise is None:
+            return self.weights
+        low, high = self.noise_range
+        return self.weights.for_noise(min(high, max(low, self.reference_noise / max(noise, 1e-12))))
+
+    @property
+    def warm_start_steps(self) -> int:
+        """Steps of plain regression at the start."""
+        return round(self.warm_start_share * self.steps)
+
+    def rate(self, step: int) -> float:
+        """The learning rate at `step`, counted from 0."""
+        rise = min(1.0, (step + 1) / max(1, round(self.warm_up_share * self.steps)))
+        fall = 0.5 * (1 + math.cos(math.pi * step / self.steps)) + 1e-3 if self.decay else 1.0
+        return self.learning_rate * rise * fall
+
+
+@dataclass(frozen=True, kw_only=True)
 class MeshConfig:
     """How the surface is taken out of the field."""
 
@@ -44,6 +171,8 @@ class MeshConfig:
     """Signed distance of the surface that is extracted, in world units: positive is an outer offset."""
     trim_distance_world: float | None = None
     """Drop what is farther than this from every input point, in world units; None keeps a closed surface."""
+    drop_unsupported: bool = True
+    """Drop connected components that hardly any input point is nearest to: sheets that no measurement supports."""
     min_component_share: float = 0.0
     """Drop connected components with less than this share of the largest one's area."""
     target_faces: int | None = None
@@ -61,3 +190,43 @@ class MeshConfig:
         faces = self.target_faces
         _require(faces is None or faces >= 4, f"target_faces is {faces}; it must be at least 4")
         _require(0 <= self.projection_steps <= 10, f"projection_steps is {self.projection_steps}; it must be 0 to 10")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A named set of settings."""
+
+    summary: str
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    fit: FitConfig = field(default_factory=FitConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+
+PRESETS: Mapping[str, Preset] = {
+    "draft": Preset(summary="a first look", fit=FitConfig(steps=350)),
+    "standard": Preset(summary="scans, noise, sparse clouds"),
+    "fine": Preset(
+        summary="dense, clean clouds and small detail",
+        fit=FitConfig(steps=2500),
+        mesh=MeshConfig(resolution=384),
+    ),
+    "paper": Preset(
+        summary="the published SIREN recipe, for comparison: slow, and it may leave sheets off the surface",
+        fit=FitConfig(
+            steps=10_000,
+            batch_space=1400,
+            learning_rate=1e-4,
+            beta2=0.999,
+            warm_up_share=0.0,
+            decay=False,
+            warm_start_share=0.0,
+            low_precision_share=0.0,
+            clip_norm=1.0,
+            untrusted_share=1.0,
+            reference_noise=None,
+            weights=LossWeights(surface=3e3, normal=100.0, off_surface=100.0, eikonal=50.0, distance=0.0),
+            pool=PoolConfig(near_share=0.0, sign_confidence=math.inf),
+        ),
+    ),
+}
+"""Presets by name, from quick to careful; `paper` is Sitzmann et al. 2020 as their code runs it."""

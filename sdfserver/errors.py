@@ -8,10 +8,9 @@ SdfServerError
 +-- MissingDependencyError  an optional package or a system library is not installed
 +-- FieldFormatError        a saved field cannot be read
 +-- DeviceError             the requested device is not there
-+-- FitError                the fit failed
-|   +-- DivergenceError     it left its bounds and did not recover
-|   +-- FitStopped          the caller asked it to stop
++-- DivergenceError         the fit left its bounds and did not recover
 +-- ExtractionError         the field has no surface to mesh at this level
++-- Stopped                 the caller asked for an end before there was a result
 """
 
 
@@ -47,17 +46,13 @@ class DeviceError(SdfServerError):
     """The requested device is not available."""
 
 
-class FitError(SdfServerError):
-    """The fit failed."""
-
-
-class DivergenceError(FitError):
+class DivergenceError(SdfServerError):
     """The fit left its bounds and did not recover."""
-
-
-class FitStopped(FitError):
-    """The caller's stop callback asked the fit to stop."""
 
 
 class ExtractionError(SdfServerError):
     """The field has no surface to mesh at the requested level."""
+
+
+class Stopped(SdfServerError):  # noqa: N818 - what the caller wished for, not a fault
+    """The caller's stop callback asked for an end."""

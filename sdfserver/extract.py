@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from skimage.measure import marching_cubes
 from torch import Tensor
 
-from sdfserver.errors import ExtractionError
+from sdfserver.errors import ExtractionError, Stopped
 from sdfserver.mesh import face_normals, vertex_normals
 
 BRICK = 8
@@ -69,10 +69,6 @@ class ScalarField(Protocol):
 
     def value_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The value phi (n,) and its gradient (n, 3) at x (n, 3)."""
-
-
-class ExtractionStopped(ExtractionError):  # noqa: N818 - a wish, like FitStopped
-    """The caller's stop callback asked the extraction to stop."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -120,7 +116,7 @@ def extract(
     Marching cubes: Lewiner et al., Efficient implementation of Marching Cubes' cases with topological guarantees,
     JGT 8(2), 2003.
 
-    Raises ExtractionError where the field is not finite or nothing crosses the level, ExtractionStopped when asked to.
+    Raises ExtractionError where the field is not finite or nothing crosses the level, Stopped when asked to.
     """
     on_progress, should_stop = on_progress or (lambda _: None), should_stop or (lambda: False)
     batch = batch_size or (16_384 if field.device.type == "cpu" else 262_144)
@@ -222,9 +218,9 @@ class _Grid:
         self.unit = self.h * (float(steepness[n:].median()) or self.lipschitz)
 
     def check_stop(self) -> None:
-        """Raises ExtractionStopped if the caller wants to stop."""
+        """Raises Stopped if the caller wants to stop."""
         if self.should_stop():
-            raise ExtractionStopped("the extraction was stopped")
+            raise Stopped("the extraction was stopped")
 
 
 def _quasi_random(n: int, *, device: torch.device) -> Tensor:

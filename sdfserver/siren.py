@@ -5,6 +5,7 @@ Layer: h = sin(omega (W h + b)); the last one is linear.
 """
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ class Siren(nn.Module):
         self.config = config
         sizes = [3] + [config.hidden] * config.layers + [1]
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        for i, (fan_in, fan_out) in enumerate(zip(sizes, sizes[1:], strict=False)):
+        for i, (fan_in, fan_out) in enumerate(pairwise(sizes)):
             # Sitzmann et al. 2020, section 3.2: the first layer spans omega periods, the others keep the
             # distribution of the activations.
             bound = 1 / fan_in if i == 0 else math.sqrt(6 / fan_in) / config.omega
@@ -32,23 +33,31 @@ class Siren(nn.Module):
             self.biases.append(_uniform((fan_out,), 1 / math.sqrt(fan_in), generator))
 
     def forward(self, x: Tensor) -> Tensor:
-        """phi (n,) at x (n, 3)."""
-        for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
-            x = torch.sin(self.config.omega * torch.addmm(bias, x, weight.T))
-        return torch.addmm(self.biases[-1], x, self.weights[-1].T)[:, 0]
+        """The value phi (n,) at x (n, 3)."""
+        *sine_layers, (last, offset) = self._scaled_layers()
+        for weight, bias in sine_layers:
+            x = torch.sin(torch.addmm(bias, x, weight.T))
+        return torch.addmm(offset, x, last.T)[:, 0]
 
     def value_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """phi (n,) and its gradient (n, 3) at x (n, 3)."""
-        omega, slopes = self.config.omega, []
-        for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
-            z = omega * torch.addmm(bias, x, weight.T)
+        """The value phi (n,) and its gradient (n, 3) at x (n, 3)."""
+        *sine_layers, (last, offset) = self._scaled_layers()
+        slopes = []
+        for weight, bias in sine_layers:
+            z = torch.addmm(bias, x, weight.T)
             x = torch.sin(z)
-            slopes.append(omega * torch.cos(z))
-        phi = torch.addmm(self.biases[-1], x, self.weights[-1].T)[:, 0]
-        adjoint = slopes[-1] * self.weights[-1]
-        for weight, slope in zip(reversed(self.weights[1:-1]), reversed(slopes[:-1]), strict=True):
-            adjoint = slope * (adjoint @ weight)
-        return phi, adjoint @ self.weights[0]
+            slopes.append(torch.cos(z))
+        phi = torch.addmm(offset, x, last.T)[:, 0]
+        adjoint = last
+        for (weight, _), slope in zip(reversed(sine_layers), reversed(slopes), strict=True):
+            adjoint = (slope * adjoint) @ weight
+        return phi, adjoint
+
+    def _scaled_layers(self) -> list[tuple[Tensor, Tensor]]:
+        """Weight and bias of every layer, omega multiplied in once here rather than into every activation."""
+        omega = self.config.omega
+        layers = [(weight * omega, bias * omega) for weight, bias in zip(self.weights, self.biases, strict=True)]
+        return [*layers[:-1], (self.weights[-1], self.biases[-1])]
 
 
 def _uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator | None) -> nn.Parameter:

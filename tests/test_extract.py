@@ -12,8 +12,8 @@ from torch import Tensor
 
 import sdfserver.extract as module
 from sdfserver.config import NetworkConfig
-from sdfserver.errors import ExtractionError
-from sdfserver.extract import ExtractedSurface, ExtractionStopped, extract
+from sdfserver.errors import ExtractionError, Stopped
+from sdfserver.extract import ExtractedSurface, extract
 from sdfserver.mesh import face_normals
 from sdfserver.siren import Siren
 
@@ -330,7 +330,7 @@ def test_extraction_stops_when_asked(calls: int) -> None:
         asked.append(True)
         return len(asked) > calls
 
-    with pytest.raises(ExtractionStopped):
+    with pytest.raises(Stopped):
         surface_of(torus, batch_size=4096, should_stop=should_stop)
     assert len(asked) == calls + 1
 

@@ -1,0 +1,97 @@
+"""SignedDistanceField: what a fit leaves behind, in world units.
+
+sdf < 0 inside. World in and out for `evaluate` and `gradient`; `value` and `value_and_gradient` are the same field in
+the unit frame, on the network's device, for the extraction.
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sdfserver.cloud import Frame
+from sdfserver.config import NetworkConfig
+from sdfserver.errors import ConfigError, FieldFormatError
+from sdfserver.siren import Siren
+
+FORMAT = "sdfserver-field-1"
+CHUNK = 65_536
+
+
+class SignedDistanceField:
+    """A network and the frame it lives in."""
+
+    def __init__(self, network: Siren, frame: Frame) -> None:
+        self.network = network.requires_grad_(False).eval()
+        self.frame = frame
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.network.parameters()).device
+
+    def value(self, x: Tensor) -> Tensor:
+        """The field (n,) at unit points x (n, 3)."""
+        phi: Tensor = self.network(x)
+        return phi
+
+    def value_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The field (n,) and its gradient (n, 3) at unit points x (n, 3)."""
+        return self.network.value_and_gradient(x)
+
+    def evaluate(self, points: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Signed distance (n,), world units, at `points` (n, 3), world units."""
+        values = [self.value(x).cpu() for x in self._unit_chunks(points)]
+        return _numpy(values, (0,)) / self.frame.scale
+
+    def gradient(self, points: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Gradient (n, 3) of the signed distance at `points` (n, 3), world units; its length is about 1."""
+        return _numpy([self.value_and_gradient(x)[1].cpu() for x in self._unit_chunks(points)], (0, 3))
+
+    def save(self, path: str | Path) -> None:
+        """Write the field as safetensors; raises OSError where that cannot be done."""
+        from safetensors.torch import save_file
+
+        # Floats as JSON keep every bit, so that a field at large coordinates comes back where it was.
+        about = {
+            "format": FORMAT,
+            "network": asdict(self.network.config),
+            "frame": {"center": self.frame.center.tolist(), "scale": self.frame.scale},
+        }
+        tensors = {name: value.contiguous().cpu() for name, value in self.network.state_dict().items()}
+        save_file(tensors, str(path), metadata={"sdfserver": json.dumps(about)})
+
+    @classmethod
+    def load(cls, path: str | Path, *, device: torch.device | str = "cpu") -> "SignedDistanceField":
+        """The field that `save` wrote to `path`. Raises FieldFormatError when it is not one."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(path), framework="pt", device=str(device)) as file:
+                about = json.loads((file.metadata() or {})["sdfserver"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            if about["format"] != FORMAT:
+                raise FieldFormatError(f"{path} has format {about['format']!r}; this version reads {FORMAT!r}")
+            network = Siren(NetworkConfig(**about["network"])).to(device)
+            network.load_state_dict(tensors)
+            frame = Frame(
+                center=np.array(about["frame"]["center"], dtype=np.float64), scale=float(about["frame"]["scale"])
+            )
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError, ConfigError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise FieldFormatError(f"{path} is not a field saved by sdfserver: {reason}") from error
+        return cls(network, frame)
+
+    def _unit_chunks(self, points: NDArray[np.float64]) -> tuple[Tensor, ...]:
+        unit = self.frame.to_unit(np.asarray(points, dtype=np.float64).reshape(-1, 3))
+        dtype = next(self.network.parameters()).dtype
+        return torch.split(torch.tensor(unit, dtype=dtype, device=self.device), CHUNK)
+
+
+def _numpy(parts: list[Tensor], empty: tuple[int, ...]) -> NDArray[np.float64]:
+    joined: NDArray[np.float64] = (torch.cat(parts) if parts else torch.empty(empty)).double().numpy()
+    return joined

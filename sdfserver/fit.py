@@ -1,0 +1,261 @@
+"""The loop: a SIREN becomes the signed distance function of an oriented cloud.
+
+Everything in the unit frame; sdf < 0 inside; normals point outward. The formulas of the terms are in `losses`.
+"""
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sdfserver.cloud import PointCloud
+from sdfserver.config import FitConfig, NetworkConfig
+from sdfserver.errors import DivergenceError, Stopped
+from sdfserver.losses import (
+    distance_loss,
+    eikonal_loss,
+    normal_loss,
+    signed_off_surface_loss,
+    surface_loss,
+)
+from sdfserver.sampling import Samples, SpacePool, draw_samples
+from sdfserver.siren import Siren
+
+CHECK_EVERY = 25
+"""Steps between two looks at the fit's health, its losses and its progress."""
+MAX_WRONG_SIGNS = 0.02
+"""Share of trusted signs that may be wrong on held-out samples: healthy fits have none, collapsed ones 0.01 to 0.12."""
+MAX_EIKONAL = 0.35
+"""Mean ||grad phi| - 1| on held-out samples: healthy fits end below 0.15, collapsed ones stay above this."""
+MAX_WRONG_SIDES = 0.4
+"""Share of points beside the cloud on the wrong side of phi = 0: one half where phi has one sign."""
+PATIENCE = 0.7
+"""Share of the steps that a fit has to come within these bounds; after them it may not leave."""
+HOPELESS_WRONG_SIGNS = 0.25
+"""Share of wrong trusted signs from which no fit has been seen to recover, at any time after the warm start."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitProgress:
+    """Where the fit stands."""
+
+    step: int
+    steps: int
+    losses: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Health:
+    """What the guard looks at, on samples that are held out of the fit."""
+
+    loss: float
+    wrong_signs: float
+    """Share of the samples with a trusted sign on which phi has the other one."""
+    wrong_sides: float
+    """Share of the points one spacing along and against the normals on which phi has the wrong sign."""
+    eikonal: float
+    """Mean ||grad phi| - 1|."""
+    surface: float
+    """Mean |phi| / |grad phi| on held-out points of the cloud: their distance to the surface, to first order."""
+
+    @property
+    def fault(self) -> str | None:
+        """What keeps this from being the state of a good fit, or None."""
+        if not self.finite:
+            return "the loss is not finite"
+        if self.wrong_signs > MAX_WRONG_SIGNS:
+            return f"{self.wrong_signs:.1%} of the trusted signs are wrong on held-out samples"
+        if self.eikonal > MAX_EIKONAL:
+            return f"|grad phi| is {self.eikonal:.2f} away from 1 on held-out samples"
+        if self.wrong_sides > MAX_WRONG_SIDES:
+            return f"{self.wrong_sides:.0%} of the points beside the cloud are on the wrong side of the surface"
+        return None
+
+    @property
+    def finite(self) -> bool:
+        """Whether everything is a number."""
+        return all(map(math.isfinite, vars(self).values()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitReport:
+    """How the fit went."""
+
+    steps: int
+    restarts: int
+    seconds_pool: float
+    seconds_fit: float
+    losses: dict[str, float]
+    health: Health
+    trusted_share: float
+    """Share of the pool with a trusted sign."""
+    noise: float
+    """Estimated noise of the cloud: standard deviation along the normals, unit frame."""
+    low_precision_steps: int
+
+
+@dataclass(eq=False)
+class _State:
+    """All that a fit needs to go on from a step."""
+
+    model: Siren
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    saved: dict[str, Any] = field(default_factory=dict)
+
+    def save(self) -> None:
+        self.saved = {
+            "model": copy.deepcopy(self.model.state_dict()),
+            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
+            "step": self.step,
+        }
+
+    def restore(self) -> None:
+        self.model.load_state_dict(self.saved["model"])
+        self.optimizer.load_state_dict(self.saved["optimizer"])
+        self.step = self.saved["step"]
+
+
+def fit(
+    cloud_unit: PointCloud,
+    network: NetworkConfig,
+    config: FitConfig,
+    *,
+    device: torch.device,
+    seed: int = 0,
+    on_progress: Callable[[FitProgress], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> tuple[Siren, FitReport]:
+    """The SIREN whose zero set is the surface of `cloud_unit`, and how the fit went.
+
+    The same seed on the same device gives the same network. `on_progress` is called every few dozen steps,
+    `should_stop` before every step.
+
+    Raises DivergenceError when the fit is out of its bounds and is so again after one restart from its last good state
+    at half the rate; Stopped when `should_stop` says so.
+    """
+    start = time.perf_counter()
+    samples = draw_samples(cloud_unit, config.pool, np.random.default_rng(seed)).to(device)
+    pool_ready = time.perf_counter()
+    model = Siren(network, generator=torch.Generator().manual_seed(seed)).to(device)
+    generator = torch.Generator(device).manual_seed(seed)
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, betas=(0.9, config.beta2))
+    low_precision_steps = round(config.low_precision_share * config.steps) if computes_in_bfloat16(device) else 0
+    weights = config.weights_for(samples.noise)
+    state, restarts, losses = _State(model, optimizer), 0, {}
+    state.save()
+    while state.step < config.steps:
+        if should_stop is not None and should_stop():
+            raise Stopped(f"stopped at step {state.step} of {config.steps}")
+        for group in optimizer.param_groups:
+            group["lr"] = config.rate(state.step) * 0.5**restarts
+        with _precision(device, low=state.step < low_precision_steps):
+            terms = _terms(model, samples, config, generator, warm=state.step < config.warm_start_steps)
+        loss = weights.total(terms)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        if config.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+        optimizer.step()
+        state.step += 1
+        if state.step % CHECK_EVERY and state.step != config.steps:
+            continue
+        # The only place where the host waits for the device.
+        losses = {name: float(term.detach()) for name, term in terms.items()}
+        health = _health(model, samples, loss=float(loss.detach()))
+        if on_progress is not None:
+            on_progress(FitProgress(step=state.step, steps=config.steps, losses=losses))
+        if health.fault is None:
+            state.save()
+        elif _may_heal(health, state.step, config):
+            continue
+        elif restarts == 0:
+            restarts += 1
+            state.restore()
+        else:
+            raise DivergenceError(
+                f"the fit diverged at step {state.step} of {config.steps} and again after a restart at half the "
+                f"learning rate: {health.fault}; check that the normals point outward, or try another seed"
+            )
+    return model, FitReport(
+        steps=config.steps,
+        restarts=restarts,
+        seconds_pool=pool_ready - start,
+        seconds_fit=time.perf_counter() - pool_ready,
+        losses=losses,
+        health=health,
+        trusted_share=float(samples.pool.trusted.float().mean()),
+        noise=samples.noise,
+        low_precision_steps=low_precision_steps,
+    )
+
+
+def _may_heal(health: Health, step: int, config: FitConfig) -> bool:
+    """Whether a fit that is out of its bounds at `step` has reason and time to come within them."""
+    if not health.finite:
+        return False
+    if step < config.warm_start_steps:
+        return True
+    return step < PATIENCE * config.steps and health.wrong_signs <= HOPELESS_WRONG_SIGNS
+
+
+def computes_in_bfloat16(device: torch.device) -> bool:
+    """Whether the processor multiplies bfloat16 matrices natively; elsewhere it is slower than float32."""
+    if device.type != "cpu":
+        return False  # a GPU waits for launches, not for arithmetic, at this size of batch
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, probe, bool)() for probe in probes)
+
+
+def _precision(device: torch.device, *, low: bool) -> AbstractContextManager[object]:
+    return torch.autocast(device.type, torch.bfloat16) if low else nullcontext()
+
+
+def _terms(
+    model: Siren, samples: Samples, config: FitConfig, generator: torch.Generator, *, warm: bool
+) -> dict[str, Tensor]:
+    """The loss terms of one step on a fresh batch; `warm` is the regression that comes first."""
+    device = samples.points.device
+    n = config.batch_surface
+    rows = torch.randint(len(samples.points), (n,), generator=generator, device=device)
+    points, normals = samples.points[rows], samples.normals[rows]
+    space = samples.pool[torch.randint(len(samples.pool), (config.batch_space,), generator=generator, device=device)]
+    x = torch.cat([points, space.points])
+    if warm:
+        phi = model(x).float()
+        target = torch.cat([torch.zeros_like(phi[:n]), space.signed_distance])
+        return {"warm_start": (phi - target).abs().mean()}
+    phi, gradient = (y.float() for y in model.value_and_gradient(x))
+    return {
+        "surface": surface_loss(phi[:n]),
+        "normal": normal_loss(gradient[:n], normals),
+        "eikonal": eikonal_loss(gradient),
+        "off_surface": signed_off_surface_loss(
+            phi[n:], space.signed_distance.sign(), space.trusted, alpha=config.alpha, untrusted=config.untrusted_share
+        ),
+        "distance": distance_loss(phi[n:], space.signed_distance, space.far),
+    }
+
+
+@torch.no_grad()
+def _health(model: Siren, samples: Samples, *, loss: float) -> Health:
+    held: SpacePool = samples.held_pool
+    phi, gradient = model.value_and_gradient(held.points)
+    wrong = (phi * held.signed_distance < 0) & held.trusted
+    points, normals = samples.held_points, samples.held_normals
+    on, on_gradient = model.value_and_gradient(points)
+    beside = [model(points + side * samples.spacing * normals) * side < 0 for side in (1, -1)]
+    return Health(
+        loss=loss,
+        wrong_signs=float(wrong.sum() / held.trusted.sum().clamp_min(1)),
+        wrong_sides=float(torch.cat(beside).float().mean()),
+        eikonal=float(eikonal_loss(gradient)),
+        surface=float((on.abs() / on_gradient.norm(dim=-1).clamp_min(1e-6)).mean()),
+    )

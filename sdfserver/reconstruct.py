@@ -1,0 +1,215 @@
+"""Cloud to field to mesh in one call, in world units."""
+
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+import sdfserver
+from sdfserver.cloud import Frame, PointCloud, drop_strays, validate
+from sdfserver.config import PRESETS, FitConfig, MeshConfig, NetworkConfig
+from sdfserver.errors import ConfigError, DeviceError
+from sdfserver.extract import ExtractedSurface, extract
+from sdfserver.field import SignedDistanceField
+from sdfserver.fit import FitProgress, FitReport, fit
+from sdfserver.mesh import (
+    TriangleMesh,
+    drop_small_components,
+    drop_unsupported_components,
+    simplify,
+    trim_to_points,
+)
+from sdfserver.metrics import cloud_to_mesh, mesh_health
+
+REPORT_FORMAT = 1
+STAGES = {"prepare": 0.05, "fit": 0.75, "mesh": 0.15, "measure": 0.05}
+"""Stages in order, and the share of the whole that each stands for in the progress."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a reconstruction stands: `fraction` runs from 0 to 1 over all stages."""
+
+    stage: str
+    fraction: float
+    step: int | None = None
+    steps: int | None = None
+    losses: dict[str, float] = field(default_factory=dict)
+    eta_s: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Reconstruction:
+    """What comes out: the mesh, the field that it was taken from, and a report that is plain JSON."""
+
+    mesh: TriangleMesh
+    field: SignedDistanceField
+    report: dict[str, Any]
+
+
+class _Clock:
+    """Names the stage under way, times it, and reports progress."""
+
+    def __init__(self, on_progress: Callable[[Progress], None] | None) -> None:
+        self.start = time.perf_counter()
+        self.on_progress = on_progress
+        self.seconds: dict[str, float] = {}
+        self.stage = ""
+
+    @contextmanager
+    def running(self, stage: str) -> Iterator[None]:
+        self.stage, start = stage, time.perf_counter()
+        self.report(0.0)
+        yield
+        self.seconds[stage] = time.perf_counter() - start
+
+    def report(self, share: float, **details: Any) -> None:
+        """Report `share` of the stage under way as done."""
+        if self.on_progress is None:
+            return
+        names = list(STAGES)
+        before = sum(STAGES[name] for name in names[: names.index(self.stage)])
+        fraction = before + STAGES[self.stage] * share
+        elapsed = time.perf_counter() - self.start
+        # The first stage says little about the others' speed.
+        eta_s = elapsed * (1 - fraction) / fraction if fraction > STAGES["prepare"] else None
+        self.on_progress(Progress(stage=self.stage, fraction=fraction, eta_s=eta_s, **details))
+
+    def report_fit(self, progress: FitProgress) -> None:
+        self.report(progress.step / progress.steps, step=progress.step, steps=progress.steps, losses=progress.losses)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that `auto`, `cpu`, `cuda` or `cuda:N` names. Raises DeviceError when it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise DeviceError(f"{name!r} is not a device; use auto, cpu or cuda") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise DeviceError(f"{name!r} was asked for, but PyTorch sees {torch.cuda.device_count()} CUDA devices here")
+    if device.type not in ("cpu", "cuda"):
+        raise DeviceError(f"{name!r} is not supported; use auto, cpu or cuda")
+    return device
+
+
+def reconstruct(
+    cloud: PointCloud,
+    *,
+    preset: str = "standard",
+    network: NetworkConfig | None = None,
+    fit_config: FitConfig | None = None,
+    mesh: MeshConfig | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    on_progress: Callable[[Progress], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> Reconstruction:
+    """The surface of an oriented `cloud`, as a mesh and as a signed distance field, both in the cloud's own units.
+
+    `preset` names the settings; `network`, `fit_config` and `mesh` replace those of the preset. The same seed on the
+    same device gives the same mesh. `should_stop` is asked before every step of the fit and every batch of the
+    extraction.
+
+    Raises CloudError when the cloud cannot be reconstructed, ConfigError and DeviceError for settings, DivergenceError
+    when the fit fails, ExtractionError when the field has no surface at the level asked for, Stopped when told to.
+    """
+    if preset not in PRESETS:
+        raise ConfigError(f"there is no preset {preset!r}; use one of {', '.join(PRESETS)}")
+    network, fit_config = network or PRESETS[preset].network, fit_config or PRESETS[preset].fit
+    mesh_config, torch_device = mesh or PRESETS[preset].mesh, choose_device(device)
+    clock = _Clock(on_progress)
+    with clock.running("prepare"):
+        given = len(cloud.points)
+        cloud = validate(cloud)
+        cloud, strays = drop_strays(cloud)
+        frame = Frame.around(cloud.points)
+        cloud_unit = PointCloud(points=frame.to_unit(cloud.points), normals=cloud.normals)
+    with clock.running("fit"):
+        siren, fit_report = fit(
+            cloud_unit,
+            network,
+            fit_config,
+            device=torch_device,
+            seed=seed,
+            on_progress=clock.report_fit,
+            should_stop=should_stop,
+        )
+        sdf = SignedDistanceField(siren, frame)
+    with clock.running("mesh"):
+        surface = extract(
+            sdf,
+            resolution=mesh_config.resolution,
+            level=mesh_config.level_world * frame.scale,
+            projection_steps=mesh_config.projection_steps,
+            on_progress=clock.report,
+            should_stop=should_stop,
+        )
+        triangles = finish_mesh(to_world(surface, frame), cloud, mesh_config)
+    with clock.running("measure"):
+        accuracy = asdict(cloud_to_mesh(cloud, triangles))
+        health = asdict(mesh_health(triangles))
+    report = {
+        "format": REPORT_FORMAT,
+        "preset": preset,
+        "seed": seed,
+        "device": str(torch_device) + (f" ({torch.cuda.get_device_name()})" if torch_device.type == "cuda" else ""),
+        "versions": _versions(),
+        "config": {"network": asdict(network), "fit": asdict(fit_config), "mesh": asdict(mesh_config)},
+        "cloud": {"points": given, "used": len(cloud.points), "strays_dropped": strays, "scale_to_unit": frame.scale},
+        "seconds": {**clock.seconds, "pool": fit_report.seconds_pool, "total": time.perf_counter() - clock.start},
+        "fit": _fit_section(fit_report, frame),
+        "input_to_mesh": accuracy,
+        "mesh": {**health, "field_evaluations": surface.evaluations},
+    }
+    return Reconstruction(mesh=triangles, field=sdf, report=report)
+
+
+def to_world(surface: ExtractedSurface, frame: Frame) -> TriangleMesh:
+    """The extracted surface in world units."""
+    return TriangleMesh(vertices=frame.to_world(surface.vertices_unit), faces=surface.faces, normals=surface.normals)
+
+
+def finish_mesh(mesh: TriangleMesh, cloud: PointCloud, config: MeshConfig) -> TriangleMesh:
+    """What `config` asks for after the extraction: dropped parts, trimming, simplification."""
+    if config.drop_unsupported:
+        mesh = drop_unsupported_components(mesh, cloud.points)
+    if config.trim_distance_world is not None:
+        mesh = trim_to_points(mesh, cloud.points, config.trim_distance_world)
+    if config.min_component_share > 0:
+        mesh = drop_small_components(mesh, config.min_component_share)
+    if config.target_faces is not None:
+        mesh = simplify(mesh, config.target_faces)
+    return mesh
+
+
+def _fit_section(report: FitReport, frame: Frame) -> dict[str, Any]:
+    return {
+        "steps": report.steps,
+        "restarts": report.restarts,
+        "low_precision_steps": report.low_precision_steps,
+        "losses": report.losses,
+        "trusted_share": report.trusted_share,
+        "noise": report.noise / frame.scale,
+        "held_out": {
+            "surface_distance": report.health.surface / frame.scale,
+            "wrong_signs": report.health.wrong_signs,
+            "eikonal": report.health.eikonal,
+        },
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {"sdfserver": sdfserver.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    for name in ("numpy", "scipy", "scikit-image"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # a source tree on a path, without metadata
+            found[name] = "unknown"
+    return found

@@ -1,0 +1,157 @@
+"""Samples of the fit: points of the cloud, and a pool of points in the space around it.
+
+Everything in the unit frame; sdf < 0 inside; normals point outward.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.spatial import cKDTree
+from torch import Tensor
+
+from sdfserver.cloud import PointCloud
+from sdfserver.config import PoolConfig
+from sdfserver.errors import CloudError
+from sdfserver.winding import Dipoles, dipole_levels, point_areas, winding_number
+
+FAR_SPACINGS = 4
+"""Beyond this many mean spacings the nearest point of the cloud is as far as the surface, for the fit's purposes."""
+
+HELD_SHARE, MIN_HELD_POINTS, MAX_HELD_POINTS = 0.02, 5, 2000
+"""Points of the cloud, and samples of the pool, that are held out of the fit."""
+NOISE_NEIGHBOURS, NOISE_POINTS = 24, 4000
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SpacePool:
+    """Samples in the cube [-1, 1]^3.
+
+    points: (m, 3) float32. signed_distance: (m,) to the nearest point of the cloud, negative inside.
+    trusted: (m,) bool, the sign is known. far: (m,) bool, the sign is known and the distance is that to the surface.
+    """
+
+    points: Tensor
+    signed_distance: Tensor
+    trusted: Tensor
+    far: Tensor
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def to(self, device: torch.device) -> "SpacePool":
+        """The same pool on `device`."""
+        return SpacePool(**{name: value.to(device) for name, value in vars(self).items()})
+
+    def __getitem__(self, rows: Tensor | slice) -> "SpacePool":
+        return SpacePool(**{name: value[rows] for name, value in vars(self).items()})
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Samples:
+    """All that a fit draws from, and what is held out of it to judge it.
+
+    points, held_points: (n, 3) and (h, 3) float32 points of the cloud; normals, held_normals: theirs.
+    pool, held_pool: samples in the space around it.
+    spacing: mean distance between neighbouring points. noise: standard deviation of the points along the normals.
+    """
+
+    points: Tensor
+    normals: Tensor
+    held_points: Tensor
+    held_normals: Tensor
+    pool: SpacePool
+    held_pool: SpacePool
+    spacing: float
+    noise: float
+
+    def to(self, device: torch.device) -> "Samples":
+        """The same samples on `device`."""
+        moved = {name: value.to(device) for name, value in vars(self).items() if hasattr(value, "to")}
+        return replace(self, **moved)
+
+
+def draw_samples(cloud_unit: PointCloud, config: PoolConfig, rng: np.random.Generator) -> Samples:
+    """The cloud parted into points to fit and points to judge by, and a pool of samples around it."""
+    points, normals = cloud_unit.points, cloud_unit.normals
+    if normals is None:
+        raise CloudError("the cloud has no normals; a signed distance cannot be fitted to it")
+    tree = cKDTree(points)
+    areas = point_areas(points, tree)
+    spacing = math.sqrt(areas.mean())
+    pool = _space_pool(points, tree, dipole_levels(points, normals, areas), spacing, config, rng)
+    shuffled = rng.permutation(len(points))
+    n_held = min(max(MIN_HELD_POINTS, round(HELD_SHARE * len(points))), MAX_HELD_POINTS)
+    held, kept = shuffled[:n_held], np.sort(shuffled[n_held:])
+    n_pool_held = round(HELD_SHARE * config.size)
+    return Samples(
+        points=_tensor(points[kept]),
+        normals=_tensor(normals[kept]),
+        held_points=_tensor(points[held]),
+        held_normals=_tensor(normals[held]),
+        pool=pool[slice(n_pool_held, None)],
+        held_pool=pool[slice(n_pool_held)],
+        spacing=spacing,
+        noise=estimate_noise(points, normals, tree, rng),
+    )
+
+
+def estimate_noise(
+    points: NDArray[np.float64], normals: NDArray[np.float64], tree: cKDTree, rng: np.random.Generator
+) -> float:
+    """The standard deviation of the points along their normals, in the units of `points`.
+
+    The median over a few thousand points of what is left of the 24 neighbours' heights over the tangent plane when
+    the best quadric is taken away. Creases and thin walls are few enough not to move a median.
+    """
+    k = min(NOISE_NEIGHBOURS, len(points) - 1)
+    rows = rng.permutation(len(points))[:NOISE_POINTS]
+    distance, neighbours = tree.query(points[rows], k + 1)
+    reach = np.maximum(distance[:, -1:], 1e-12)
+    offsets = (points[neighbours] - points[rows, None]) / reach[..., None]
+    axis = np.where(np.abs(normals[rows, :1]) < 0.7, [[1.0, 0.0, 0.0]], [[0.0, 1.0, 0.0]])
+    u = np.cross(normals[rows], axis)
+    u /= np.linalg.norm(u, axis=1, keepdims=True)
+    x, y, height = (np.einsum("nki,ni->nk", offsets, e) for e in (u, np.cross(normals[rows], u), normals[rows]))
+    quadric = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=-1)
+    gram = np.einsum("nki,nkj->nij", quadric, quadric) + 1e-9 * np.eye(6)
+    coefficients = np.linalg.solve(gram, np.einsum("nki,nk->ni", quadric, height)[..., None])
+    residual = height - (quadric @ coefficients)[..., 0]
+    degrees_of_freedom = max(1, k + 1 - 6)
+    return float(np.median(np.sqrt((residual**2).sum(axis=1) / degrees_of_freedom) * reach[:, 0]))
+
+
+def _space_pool(
+    points: NDArray[np.float64],
+    tree: cKDTree,
+    levels: list[Dipoles],
+    spacing: float,
+    config: PoolConfig,
+    rng: np.random.Generator,
+) -> SpacePool:
+    """A pool of `config.size` samples, a share of them scattered around the cloud and the rest uniform in the cube."""
+    positions = _positions(points, config, rng)
+    samples, distances = _tensor(positions), _tensor(tree.query(positions, workers=-1)[0])
+    w = winding_number(samples, distances, levels)
+    trusted = (distances > levels[-1].spacing) & ((w - 0.5).abs() > config.sign_confidence)
+    return SpacePool(
+        points=samples,
+        signed_distance=torch.where(w > 0.5, -distances, distances),
+        trusted=trusted,
+        far=trusted & (distances > FAR_SPACINGS * spacing),
+    )
+
+
+def _positions(points: NDArray[np.float64], config: PoolConfig, rng: np.random.Generator) -> NDArray[np.float64]:
+    n_near = round(config.size * config.near_share)
+    uniform = rng.random((config.size - n_near, 3)) * 2 - 1
+    # A width drawn per sample puts many close to the surface and some far out.
+    width = 2 * config.near_sigma * rng.random((n_near, 1))
+    near = points[rng.integers(0, len(points), n_near)] + rng.normal(size=(n_near, 3)) * width
+    return rng.permutation(np.clip(np.concatenate([near, uniform]), -1, 1))
+
+
+def _tensor(array: NDArray[np.float64]) -> Tensor:
+    return torch.tensor(array, dtype=torch.float32)

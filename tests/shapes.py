@@ -1,0 +1,37 @@
+"""Analytic clouds for the tests."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sdfserver.cloud import PointCloud
+
+
+def directions(n: int, seed: int = 0) -> NDArray[np.float64]:
+    """n evenly drawn unit vectors (n, 3)."""
+    x = np.random.default_rng(seed).normal(size=(n, 3))
+    unit: NDArray[np.float64] = x / np.linalg.norm(x, axis=1, keepdims=True)
+    return unit
+
+
+def sphere(n: int = 2000, *, radius: float = 1.0, seed: int = 0) -> PointCloud:
+    """n points of a sphere, normals outward."""
+    normals = directions(n, seed)
+    return PointCloud(points=radius * normals, normals=normals)
+
+
+def torus(n: int = 4000, *, major: float = 0.65, minor: float = 0.25, seed: int = 0) -> PointCloud:
+    """n points of a torus about the z axis, normals outward."""
+    rng = np.random.default_rng(seed)
+    u, v = rng.random(4 * n) * 2 * np.pi, rng.random(4 * n) * 2 * np.pi
+    keep = rng.random(4 * n) < (major + minor * np.cos(v)) / (major + minor)  # area is wider outside
+    u, v = u[keep][:n], v[keep][:n]
+    normals = np.stack([np.cos(u) * np.cos(v), np.sin(u) * np.cos(v), np.sin(v)], axis=1)
+    ring = np.stack([np.cos(u), np.sin(u), np.zeros_like(u)], axis=1)
+    return PointCloud(points=major * ring + minor * normals, normals=normals)
+
+
+def bowl(n: int = 2000, *, seed: int = 0) -> PointCloud:
+    """The lower half of the unit sphere: open above, normals outward."""
+    normals = directions(n, seed)
+    normals[:, 2] = -np.abs(normals[:, 2])
+    return PointCloud(points=normals, normals=normals)

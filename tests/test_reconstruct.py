@@ -1,0 +1,108 @@
+"""Cloud to mesh in one call: in the cloud's own units, reproducible, and reported."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from shapes import sphere, torus
+
+from sdfserver.cloud import PointCloud
+from sdfserver.config import FitConfig, MeshConfig, NetworkConfig, PoolConfig
+from sdfserver.errors import CloudError, ConfigError, DeviceError, Stopped
+from sdfserver.reconstruct import STAGES, Progress, Reconstruction, choose_device, reconstruct
+
+SMALL = NetworkConfig(hidden=64, layers=3)
+QUICK = FitConfig(steps=250, batch_surface=400, batch_space=400, pool=PoolConfig(size=5000))
+COARSE = MeshConfig(resolution=48)
+
+
+def quick(cloud: PointCloud, *, mesh: MeshConfig = COARSE, **options: object) -> Reconstruction:
+    return reconstruct(cloud, network=SMALL, fit_config=QUICK, mesh=mesh, device="cpu", **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def torus_job() -> Reconstruction:
+    return quick(torus(3000))
+
+
+def torus_distance(x: np.ndarray) -> np.ndarray:
+    return np.abs(np.hypot(np.hypot(x[:, 0], x[:, 1]) - 0.65, x[:, 2]) - 0.25)
+
+
+def test_a_torus_comes_back_closed_with_one_hole_and_outward_faces(torus_job: Reconstruction) -> None:
+    report = torus_job.report["mesh"]
+    assert (report["watertight"], report["components"], report["genus"]) == (True, 1, 1)
+    assert report["volume"] == pytest.approx(2 * np.pi**2 * 0.65 * 0.25**2, rel=0.1)
+    assert torus_distance(torus_job.mesh.vertices).max() < 0.05
+
+
+def test_vertices_lie_on_the_zero_set_of_the_field(torus_job: Reconstruction) -> None:
+    assert np.abs(torus_job.field.evaluate(torus_job.mesh.vertices)).max() < 1e-4
+
+
+def test_the_report_is_plain_json_and_says_what_was_done(torus_job: Reconstruction) -> None:
+    report = json.loads(json.dumps(torus_job.report, allow_nan=False))
+    assert set(STAGES) | {"pool", "total"} == set(report["seconds"])
+    assert report["config"]["fit"]["steps"] == QUICK.steps
+    assert report["fit"]["held_out"]["surface_distance"] < 0.02
+    assert report["input_to_mesh"]["mean"] < 0.02
+    assert {"sdfserver", "python", "torch", "numpy"} <= set(report["versions"])
+
+
+def test_the_same_seed_gives_the_same_mesh_to_the_bit() -> None:
+    first, again = (quick(sphere(800), seed=3).mesh for _ in range(2))
+    assert np.array_equal(first.vertices, again.vertices)
+    assert np.array_equal(first.faces, again.faces)
+
+
+def test_a_cloud_at_utm_coordinates_comes_back_where_it_was(torus_job: Reconstruction) -> None:
+    offset, size = np.array([432_100.25, 5_411_200.5, 312.125]), 20.0
+    cloud = torus(3000)
+    far = quick(PointCloud(points=cloud.points * size + offset, normals=cloud.normals))
+    assert torus_distance((far.mesh.vertices - offset) / size).max() < 0.05
+    expected = size * torus_job.report["input_to_mesh"]["mean"]
+    assert far.report["input_to_mesh"]["mean"] == pytest.approx(expected, rel=0.5)
+
+
+def test_an_offset_level_is_in_world_units() -> None:
+    cloud = sphere(2000, radius=50.0)
+    inner = quick(cloud, mesh=replace(COARSE, level_world=-2.0))
+    assert np.linalg.norm(inner.mesh.vertices, axis=1).mean() == pytest.approx(48, abs=0.8)
+
+
+def test_far_strays_do_not_shrink_the_shape() -> None:
+    cloud = torus(3000)
+    strays = np.array([[500.0, 0, 0], [0, -800.0, 0], [0, 0, 1e6]])
+    assert cloud.normals is not None
+    job = quick(PointCloud(points=np.vstack([cloud.points, strays]), normals=np.vstack([cloud.normals, np.eye(3)])))
+    assert job.report["cloud"]["strays_dropped"] == 3
+    assert torus_distance(job.mesh.vertices).max() < 0.05
+
+
+def test_progress_runs_through_the_stages_from_zero_to_one() -> None:
+    seen: list[Progress] = []
+    quick(sphere(800), on_progress=seen.append)
+    fractions = [p.fraction for p in seen]
+    assert fractions == sorted(fractions)
+    assert 0 == fractions[0] < fractions[-1] <= 1
+    assert list(dict.fromkeys(p.stage for p in seen)) == list(STAGES)
+    assert any(p.eta_s and p.losses for p in seen)
+
+
+@pytest.mark.parametrize("stage", ["fit", "mesh"])
+def test_a_stop_is_heard_in_every_long_stage(stage: str) -> None:
+    now = {"stage": ""}
+    with pytest.raises(Stopped):
+        quick(sphere(800), on_progress=lambda p: now.update(stage=p.stage), should_stop=lambda: now["stage"] == stage)
+
+
+def test_wrong_settings_are_named() -> None:
+    with pytest.raises(ConfigError, match="no preset 'best'; use one of draft, standard, fine, paper"):
+        reconstruct(sphere(), preset="best")
+    with pytest.raises(DeviceError, match="'tpu' is not a device"):
+        choose_device("tpu")
+    with pytest.raises(DeviceError, match="not supported"):
+        choose_device("meta")
+    with pytest.raises(CloudError):
+        reconstruct(sphere(20))

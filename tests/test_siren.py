@@ -1,0 +1,71 @@
+"""The network: its gradient against autograd, and its initialisation against the paper."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from sdfserver.config import NetworkConfig
+from sdfserver.siren import Siren
+
+SMALL = NetworkConfig(hidden=32, layers=3)
+
+
+def small_siren(seed: int = 0) -> Siren:
+    return Siren(SMALL, generator=torch.Generator().manual_seed(seed)).double()
+
+
+def points(n: int = 50) -> Tensor:
+    return torch.rand(n, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 2 - 1
+
+
+def by_autograd(siren: Siren, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The slow reference: value, and gradient by automatic differentiation that can be differentiated again."""
+    x = x.requires_grad_()
+    phi = siren(x)
+    (gradient,) = torch.autograd.grad(phi.sum(), x, create_graph=True)
+    return phi, gradient
+
+
+def test_the_written_out_gradient_is_autograd_s() -> None:
+    siren = small_siren()
+    phi, gradient = siren.value_and_gradient(points())
+    expected_phi, expected_gradient = by_autograd(siren, points())
+    torch.testing.assert_close(phi, expected_phi)
+    torch.testing.assert_close(gradient, expected_gradient)
+
+
+def test_one_backward_through_the_gradient_is_the_double_backward() -> None:
+    def parameter_gradients(phi: Tensor, gradient: Tensor, siren: Siren) -> list[Tensor]:
+        loss = phi.abs().mean() + (gradient.norm(dim=-1) - 1).abs().mean()
+        return list(torch.autograd.grad(loss, list(siren.parameters())))
+
+    siren = small_siren()
+    ours = parameter_gradients(*siren.value_and_gradient(points()), siren)
+    reference = parameter_gradients(*by_autograd(siren, points()), siren)
+    for a, b in zip(ours, reference, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_gradient_compiles_as_one_graph_with_its_backward() -> None:
+    siren = small_siren()
+    compiled = torch.compile(siren.value_and_gradient, fullgraph=True, backend="aot_eager")
+    _, gradient = compiled(points())
+    gradient.norm(dim=-1).mean().backward()
+    assert all(p.grad is not None for p in list(siren.parameters())[:-1])
+    torch.testing.assert_close(gradient.detach(), by_autograd(siren, points())[1].detach())
+
+
+def test_initial_weights_fill_the_paper_s_bounds() -> None:
+    siren = Siren(NetworkConfig(hidden=256, layers=4, omega=30.0), generator=torch.Generator().manual_seed(0))
+    assert [tuple(w.shape) for w in siren.weights] == [(256, 3), (256, 256), (256, 256), (256, 256), (1, 256)]
+    for i, weight in enumerate(siren.weights):
+        bound = 1 / 3 if i == 0 else math.sqrt(6 / 256) / 30
+        assert 0.98 * bound < weight.abs().max() <= bound or i == 4
+        assert weight.abs().max() <= bound
+
+
+def test_the_same_seed_gives_the_same_network() -> None:
+    for a, b in zip(small_siren(3).parameters(), small_siren(3).parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert not torch.equal(small_siren(3).weights[0], small_siren(4).weights[0])
