@@ -154,7 +154,7 @@ def reconstruct(
     ] = 0,
     normals: Annotated[
         Literal["file", "estimate"],
-        typer.Option(rich_help_panel="Cloud", help="Take the normals from the file, or estimate them (needs Open3D)."),
+        typer.Option(rich_help_panel="Cloud", help="Take the normals from the file, or estimate them."),
     ] = "file",
     viewpoint: Annotated[
         str | None,
@@ -322,8 +322,9 @@ def _prepare(
     import numpy as np
 
     from sdfserver import normals
-    from sdfserver.cloud import validate
+    from sdfserver.cloud import drop_strays, validate
 
+    cloud, _ = drop_strays(cloud)
     if remove_outliers:
         cloud, removed = normals.remove_outliers(validate(cloud, require_normals=False))
     if estimate:

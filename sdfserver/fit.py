@@ -230,7 +230,7 @@ def _terms(
     x = torch.cat([points, space.points])
     if warm:
         phi = model(x).float()
-        target = torch.cat([torch.zeros_like(phi[:n]), space.signed_distance])
+        target = torch.cat([torch.zeros_like(phi[:n]), space.first_guess])
         return {"warm_start": (phi - target).abs().mean()}
     phi, gradient = (y.float() for y in model.value_and_gradient(x))
     return {

@@ -127,8 +127,8 @@ def reconstruct(
     clock = _Clock(on_progress)
     with clock.running("prepare"):
         given = len(cloud.points)
+        cloud, strays = drop_strays(cloud)  # first: one far stray makes the rest look like a single place
         cloud = validate(cloud)
-        cloud, strays = drop_strays(cloud)
         frame = Frame.around(cloud.points)
         cloud_unit = PointCloud(points=frame.to_unit(cloud.points), normals=cloud.normals)
     with clock.running("fit"):

@@ -30,11 +30,13 @@ class SpacePool:
     """Samples in the cube [-1, 1]^3.
 
     points: (m, 3) float32. signed_distance: (m,) to the nearest point of the cloud, negative inside.
+    first_guess: (m,) the same, fading to 0 where the sign is not trusted: no step where a sheet may be missing.
     trusted: (m,) bool, the sign is known. far: (m,) bool, the sign is known and the distance is that to the surface.
     """
 
     points: Tensor
     signed_distance: Tensor
+    first_guess: Tensor
     trusted: Tensor
     far: Tensor
 
@@ -139,6 +141,7 @@ def _space_pool(
     return SpacePool(
         points=samples,
         signed_distance=torch.where(w > 0.5, -distances, distances),
+        first_guess=distances * ((0.5 - w) / min(config.sign_confidence, 0.5)).clamp(-1, 1),
         trusted=trusted,
         far=trusted & (distances > FAR_SPACINGS * spacing),
     )

@@ -13,8 +13,8 @@ from sdfserver.errors import DivergenceError, Stopped
 from sdfserver.fit import FitProgress, FitReport, Health, fit
 from sdfserver.siren import Siren
 
-NETWORK = NetworkConfig(hidden=64, layers=3)
-CONFIG = FitConfig(steps=200, batch_surface=400, batch_space=400, pool=PoolConfig(size=5000))
+NETWORK = NetworkConfig(hidden=64, layers=3, omega=10.0)
+CONFIG = FitConfig(steps=200, learning_rate=2e-3, batch_surface=400, batch_space=400, pool=PoolConfig(size=5000))
 CPU = torch.device("cpu")
 HEALTHY = Health(loss=1.0, wrong_signs=0.0, wrong_sides=0.0, eikonal=0.1, surface=0.01)
 

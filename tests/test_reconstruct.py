@@ -12,8 +12,8 @@ from sdfserver.config import FitConfig, MeshConfig, NetworkConfig, PoolConfig
 from sdfserver.errors import CloudError, ConfigError, DeviceError, Stopped
 from sdfserver.reconstruct import STAGES, Progress, Reconstruction, choose_device, reconstruct
 
-SMALL = NetworkConfig(hidden=64, layers=3)
-QUICK = FitConfig(steps=250, batch_surface=400, batch_space=400, pool=PoolConfig(size=5000))
+SMALL = NetworkConfig(hidden=64, layers=3, omega=10.0)
+QUICK = FitConfig(steps=250, learning_rate=2e-3, batch_surface=400, batch_space=400, pool=PoolConfig(size=5000))
 COARSE = MeshConfig(resolution=48)
 
 
