@@ -259,21 +259,24 @@ def reconstruct(
         target_faces=faces,
     )
     _check_paths(cloud, output, report=report, field=field)
-    points, outliers = _prepare(cloud, remove_outliers=remove_outliers, estimate=normals == "estimate", sensor=sensor)
+    points, strays, outliers = _prepare(
+        cloud, remove_outliers=remove_outliers, estimate=normals == "estimate", sensor=sensor
+    )
 
     with _progress_bar(quiet=quiet) as on_progress:
         # Here, not above: torch takes seconds to load, and a mistake should not.
-        from sdfserver.io import write_mesh
+        from sdfserver.io import replacing, write_mesh
         from sdfserver.reconstruct import reconstruct as run
 
         result = run(points, preset=preset, mesh=mesh_config, device=device, seed=seed, on_progress=on_progress)
     write_mesh(result.mesh, output)
     if field is not None:
-        _publish(field, result.field.save)
+        result.field.save(field)
     result.report["cloud"]["outliers_removed"] = outliers
+    result.report["cloud"]["strays_dropped"] += strays
     if report is not None:
-        text = json.dumps(_plain(result.report), indent=2, allow_nan=False) + "\n"
-        _publish(report, lambda path: path.write_text(text, encoding="utf-8"))
+        with replacing(report) as stream:
+            stream.write(json.dumps(_plain(result.report), indent=2, allow_nan=False).encode() + b"\n")
     if not quiet:
         _say(_summary(output, result.report))
 
@@ -312,24 +315,24 @@ def _check_paths(cloud: Path, output: Path, *, report: Path | None, field: Path 
 
 def _prepare(
     path: Path, *, remove_outliers: bool, estimate: bool, sensor: tuple[float, float, float] | None
-) -> tuple["PointCloud", int]:
-    """The cloud as it was asked for, and how many outliers were removed."""
+) -> tuple["PointCloud", int, int]:
+    """The cloud as it was asked for, and how many strays and outliers it lost on the way."""
     from sdfserver.io import read_cloud
 
     cloud, removed = read_cloud(path), 0
     if not (remove_outliers or estimate):
-        return cloud, 0
+        return cloud, 0, 0
     import numpy as np
 
     from sdfserver import normals
     from sdfserver.cloud import drop_strays, validate
 
-    cloud, _ = drop_strays(cloud)
+    cloud, strays = drop_strays(cloud)
     if remove_outliers:
         cloud, removed = normals.remove_outliers(validate(cloud, require_normals=False))
     if estimate:
         cloud = normals.estimate_normals(cloud, viewpoint=None if sensor is None else np.array(sensor))
-    return cloud, removed
+    return cloud, strays, removed
 
 
 @contextmanager
@@ -368,19 +371,6 @@ def _details(progress: "Progress") -> str:
         parts.append(f"step {progress.step}/{progress.steps}")
     parts += [f"{name} {value:.2g}" for name, value in progress.losses.items()]
     return "  ".join(parts)
-
-
-def _publish(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file that takes its place at `path` only when it is complete."""
-    target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{target.name[:100]}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        temporary.replace(target)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _plain(value: Any) -> Any:

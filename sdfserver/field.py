@@ -16,6 +16,7 @@ from torch import Tensor
 from sdfserver.cloud import Frame
 from sdfserver.config import NetworkConfig
 from sdfserver.errors import ConfigError, FieldFormatError
+from sdfserver.io import replacing
 from sdfserver.siren import Siren
 
 FORMAT = "sdfserver-field-1"
@@ -53,8 +54,8 @@ class SignedDistanceField:
         return _numpy([self.value_and_gradient(x)[1].cpu() for x in self._unit_chunks(points)], (0, 3))
 
     def save(self, path: str | Path) -> None:
-        """Write the field as safetensors; raises OSError where that cannot be done."""
-        from safetensors.torch import save_file
+        """Write the field as safetensors: completely, or not at all. Raises OutputError where that cannot be done."""
+        from safetensors.torch import save
 
         # Floats as JSON keep every bit, so that a field at large coordinates comes back where it was.
         about = {
@@ -63,7 +64,8 @@ class SignedDistanceField:
             "frame": {"center": self.frame.center.tolist(), "scale": self.frame.scale},
         }
         tensors = {name: value.contiguous().cpu() for name, value in self.network.state_dict().items()}
-        save_file(tensors, str(path), metadata={"sdfserver": json.dumps(about)})
+        with replacing(path) as stream:
+            stream.write(save(tensors, metadata={"sdfserver": json.dumps(about)}))
 
     @classmethod
     def load(cls, path: str | Path, *, device: torch.device | str = "cpu") -> "SignedDistanceField":

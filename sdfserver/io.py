@@ -92,13 +92,9 @@ def write_mesh(mesh: TriangleMesh, path: str | os.PathLike[str]) -> None:
 
     Raises OutputError where the file cannot be written, MissingDependencyError for glb without trimesh.
     """
-    path = Path(path)
-    write = _WRITERS[_mesh_extension(path, MESH_FORMATS)]
-    try:
-        with _replacing(path) as stream:
-            write(mesh, stream)
-    except (OSError, ValueError) as error:
-        raise OutputError(f"{printable(str(path))} cannot be written: {reason(error)}") from None
+    write = _WRITERS[_mesh_extension(Path(path), MESH_FORMATS)]
+    with replacing(path) as stream:
+        write(mesh, stream)
 
 
 def check_writable(path: str | os.PathLike[str], formats: Sequence[str] | None = None) -> None:
@@ -125,6 +121,30 @@ def check_writable(path: str | os.PathLike[str], formats: Sequence[str] | None =
 
 
 # Reading
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A stream whose content becomes the file at `path` when it is complete, and is removed when it is not.
+
+    Raises OutputError where the file cannot be written.
+    """
+    path = Path(path)
+    try:
+        target = Path(os.path.realpath(path))
+        if target.is_dir():
+            raise OutputError(f"{printable(str(path))} is a folder; give a file name in it")
+        temporary = target.with_name(_temporary_name(path))
+        stream = temporary.open("xb")
+        try:
+            with stream:
+                yield stream
+            temporary.replace(target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{printable(str(path))} cannot be written: {reason(error)}") from None
 
 
 def _file_bytes(path: Path) -> bytes:
@@ -197,23 +217,6 @@ def _mesh_extension(path: Path, formats: Sequence[str]) -> str:
 
 def _temporary_name(path: Path) -> str:
     return f".{path.name[:100]}.{secrets.token_hex(6)}.tmp"
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A stream whose content becomes the file at `path` when it is complete, and is removed when it is not."""
-    target = Path(os.path.realpath(path))
-    if target.is_dir():
-        raise OutputError(f"{printable(str(path))} is a folder; give a file name in it")
-    temporary = target.with_name(_temporary_name(path))
-    stream = temporary.open("xb")
-    try:
-        with stream:
-            yield stream
-        temporary.replace(target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _float32_keeps(vertices: Floats) -> bool:

@@ -326,18 +326,6 @@ def test_an_interrupt_is_one_line_and_exit_130(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_field_that_cannot_be_written_leaves_no_part_of_it(
-    fit: Fit, knot: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def run_full(path: Path) -> None:
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(OutputError, match=r"a\.safetensors cannot be written: No space left"):
-        cli._publish(tmp_path / "a.safetensors", run_full)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_other_packages_warnings_are_not_shown(
     fit: Fit, knot: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from sdfserver.cloud import PointCloud
 from sdfserver.errors import CloudError, CloudFormatError, MissingDependencyError, OutputError
 from sdfserver.formats.pcd import _lzf_unpacked
-from sdfserver.io import CLOUD_FORMATS, MESH_FORMATS, check_writable, read_cloud, read_mesh, write_mesh
+from sdfserver.io import CLOUD_FORMATS, MESH_FORMATS, check_writable, read_cloud, read_mesh, replacing, write_mesh
 from sdfserver.mesh import TriangleMesh
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -670,3 +670,13 @@ def test_glb_without_trimesh_names_the_package(tmp_path, monkeypatch):
         write_mesh(mesh(), tmp_path / "mesh.glb")
     write_mesh(mesh(), tmp_path / "mesh.ply")
     assert [path.name for path in tmp_path.iterdir()] == ["mesh.ply"]
+
+
+def test_a_file_that_cannot_be_finished_leaves_the_old_one_and_no_part_of_the_new(tmp_path):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(b"old")
+    with pytest.raises(OutputError, match=r"a\.safetensors cannot be written: No space left"), replacing(path) as stream:
+        stream.write(b"half")
+        raise OSError(28, "No space left on device")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
