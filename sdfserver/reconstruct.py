@@ -192,7 +192,7 @@ def finish_mesh(mesh: TriangleMesh, cloud: PointCloud, config: MeshConfig) -> Tr
 def _fit_section(report: FitReport, frame: Frame) -> dict[str, Any]:
     return {
         "steps": report.steps,
-        "restarts": report.restarts,
+        "restarts": list(report.restarts),
         "low_precision_steps": report.low_precision_steps,
         "losses": report.losses,
         "trusted_share": report.trusted_share,

@@ -16,7 +16,7 @@ from sdfserver.siren import Siren
 NETWORK = NetworkConfig(hidden=64, layers=3, omega=10.0)
 CONFIG = FitConfig(steps=200, learning_rate=2e-3, batch_surface=400, batch_space=400, pool=PoolConfig(size=5000))
 CPU = torch.device("cpu")
-HEALTHY = Health(loss=1.0, wrong_signs=0.0, wrong_sides=0.0, eikonal=0.1, surface=0.01)
+HEALTHY = Health(loss=1.0, wrong_signs=0.0, wrong_sides=0.0, eikonal=0.1, surface=0.01, done=False)
 
 
 def run(cloud: PointCloud, config: FitConfig = CONFIG, **options: object) -> tuple[Siren, FitReport]:
@@ -95,7 +95,8 @@ def test_the_fit_goes_back_to_its_last_good_state_once_and_halves_the_rate(monke
     monkeypatch.setattr(fit_module, "_health", one_fault)
     monkeypatch.setattr(torch.optim.Adam, "step", recorded)
     _, report = run(sphere(1000))
-    assert report.restarts == 1
+    assert len(report.restarts) == 1
+    assert report.restarts[0].startswith("at step 175: 50.0% of the trusted signs")
     assert len(rates) == CONFIG.steps + fit_module.CHECK_EVERY  # the 25 steps after the sixth check ran twice
     again = 6 * fit_module.CHECK_EVERY
     assert rates[again + fit_module.CHECK_EVERY] == pytest.approx(rates[again] / 2)
@@ -108,7 +109,9 @@ def test_the_fit_goes_back_to_its_last_good_state_once_and_halves_the_rate(monke
         ({"loss": float("nan")}, "not finite"),
         ({"eikonal": float("inf")}, "not finite"),
         ({"wrong_signs": 0.05}, "trusted signs"),
-        ({"eikonal": 0.45}, "grad phi"),
+        ({"eikonal": 0.45}, None),
+        ({"eikonal": 0.45, "done": True}, "grad phi"),
+        ({"eikonal": 0.75}, "grad phi"),
         ({"wrong_sides": 0.5}, "wrong side"),
     ],
 )

@@ -675,8 +675,13 @@ def test_glb_without_trimesh_names_the_package(tmp_path, monkeypatch):
 def test_a_file_that_cannot_be_finished_leaves_the_old_one_and_no_part_of_the_new(tmp_path):
     path = tmp_path / "a.safetensors"
     path.write_bytes(b"old")
-    with pytest.raises(OutputError, match=r"a\.safetensors cannot be written: No space left"), replacing(path) as stream:
-        stream.write(b"half")
-        raise OSError(28, "No space left on device")
+
+    def fill_the_disk():
+        with replacing(path) as stream:
+            stream.write(b"half")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OutputError, match=r"a\.safetensors cannot be written: No space left"):
+        fill_the_disk()
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]

@@ -18,7 +18,7 @@ def rng(seed: int = 0) -> np.random.Generator:
 
 
 def test_trusted_signs_are_the_sphere_s() -> None:
-    pool = draw_samples(sphere(5000, radius=0.8), SMALL_POOL, rng()).pool
+    pool = draw_samples(sphere(20_000, radius=0.8), SMALL_POOL, rng()).pool
     exact = pool.points.norm(dim=1) - 0.8
     trusted = pool.trusted
     assert trusted.float().mean() > 0.8
