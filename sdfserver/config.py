@@ -78,22 +78,19 @@ class PoolConfig:
     """Mean standard deviation of the scattered ones."""
     sign_confidence: float = 0.4
     """A sign is trusted where the winding number w has |w - 1/2| above this; 0.5 and above trusts none."""
-    distance_confidence: float = 0.46
-    """The distance is known where |w - 1/2| is above this: beside a hole the nearest point is not on the surface."""
 
     def __post_init__(self) -> None:
         _require(self.size >= 1000, f"pool size is {self.size}; it must be at least 1000")
         _require(0 <= self.near_share <= 1, f"near_share is {self.near_share}; it must be 0 to 1")
         _require(self.near_sigma > 0, f"near_sigma is {self.near_sigma}; it must be positive")
-        for name in ("sign_confidence", "distance_confidence"):
-            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
+        _require(self.sign_confidence >= 0, f"sign_confidence is {self.sign_confidence}; it must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
 class FitConfig:
     """How the network is fitted to the cloud."""
 
-    steps: int = 1000
+    steps: int = 900
     batch_surface: int = 1400
     """Points of the cloud in a step."""
     batch_space: int = 800
@@ -114,7 +111,7 @@ class FitConfig:
     """Largest norm of the whole gradient; None does not clip."""
     alpha: float = 100.0
     """Steepness of the off-surface term, per unit length."""
-    untrusted_share: float = 0.02
+    untrusted_share: float = 0.05
     """Weight of the off-surface term where the sign is not trusted, as a share of its weight elsewhere.
 
     The term draws the smallest sheet over a hole in the data; the little that is left lets the surface run on smoothly.

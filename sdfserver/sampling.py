@@ -143,7 +143,7 @@ def _space_pool(
         signed_distance=torch.where(w > 0.5, -distances, distances),
         first_guess=distances * ((0.5 - w) / min(config.sign_confidence, 0.5)).clamp(-1, 1),
         trusted=trusted,
-        far=trusted & (distances > FAR_SPACINGS * spacing) & ((w - 0.5).abs() > config.distance_confidence),
+        far=trusted & (distances > FAR_SPACINGS * spacing),
     )
 
 
