@@ -16,7 +16,7 @@ from sdfserver.siren import Siren
 NETWORK = NetworkConfig(hidden=64, layers=3, omega=10.0)
 CONFIG = FitConfig(steps=200, learning_rate=2e-3, batch_surface=400, batch_space=400, pool=PoolConfig(size=5000))
 CPU = torch.device("cpu")
-HEALTHY = Health(loss=1.0, wrong_signs=0.0, wrong_sides=0.0, eikonal=0.1, surface=0.01, done=False)
+HEALTHY = Health(loss=1.0, wrong_signs=0.0, wrong_sides=0.0, eikonal=0.1, surface=0.01)
 
 
 def run(cloud: PointCloud, config: FitConfig = CONFIG, **options: object) -> tuple[Siren, FitReport]:
@@ -110,7 +110,6 @@ def test_the_fit_goes_back_to_its_last_good_state_once_and_halves_the_rate(monke
         ({"eikonal": float("inf")}, "not finite"),
         ({"wrong_signs": 0.05}, "trusted signs"),
         ({"eikonal": 0.45}, None),
-        ({"eikonal": 0.45, "done": True}, "grad phi"),
         ({"eikonal": 0.75}, "grad phi"),
         ({"wrong_sides": 0.5}, "wrong side"),
     ],
