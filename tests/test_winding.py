@@ -63,7 +63,7 @@ def test_patches_agree_with_the_full_sum_beyond_their_width(n: int) -> None:
     assert len(queries) > 50
     error = np.abs(winding_at(cloud, queries).numpy() - full_sum(cloud, queries))
     assert error.max() < 0.12
-    assert error.mean() < 0.01
+    assert error.mean() < 0.02
 
 
 def test_duplicate_points_stand_for_no_area() -> None:
