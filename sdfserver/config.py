@@ -203,7 +203,9 @@ class Preset:
 
 
 PRESETS: Mapping[str, Preset] = {
-    "draft": Preset(summary="a first look", fit=FitConfig(steps=500, batch_surface=1000, batch_space=600, learning_rate=7e-4)),
+    "draft": Preset(
+        summary="a first look", fit=FitConfig(steps=500, batch_surface=1000, batch_space=600, learning_rate=7e-4)
+    ),
     "standard": Preset(summary="scans, noise, sparse clouds"),
     "fine": Preset(
         summary="dense, clean clouds and small detail",
