@@ -15,7 +15,6 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +108,7 @@ def main() -> int:
         Siren(last.field.network.config).to("cpu"), Frame(center=last.field.frame.center, scale=last.field.frame.scale)
     )
     moved.network.load_state_dict(last.field.network.state_dict())
-    resolution = replace(PRESETS[args.preset].mesh).resolution
+    resolution = PRESETS[args.preset].mesh.resolution
     seconds, here = synchronised(other, lambda: extract(last.field, resolution=resolution))
     there = extract(moved, resolution=resolution)
     figures["extract_seconds"] = seconds

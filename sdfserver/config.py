@@ -36,6 +36,10 @@ class NetworkConfig:
         _require(0 < self.omega < math.inf, f"omega is {self.omega}; it must be positive")
 
 
+_ONE_SIDED = frozenset({"surface", "normal", "off_surface"})
+"""Terms that see the samples on the surface alone, or those off it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LossWeights:
     """Weights of the loss terms, in the convention of the official SIREN code.
@@ -61,8 +65,7 @@ class LossWeights:
 
     def total(self, terms: "Mapping[str, Tensor]") -> "Tensor":
         """The weighted sum of `terms`, by their names."""
-        halves = {"surface": 0.5, "normal": 0.5, "off_surface": 0.5}
-        weighted = [getattr(self, name) * halves.get(name, 1.0) * term for name, term in terms.items()]
+        weighted = [getattr(self, name) * (0.5 if name in _ONE_SIDED else 1.0) * term for name, term in terms.items()]
         total: Tensor = sum(weighted[1:], start=weighted[0])
         return total
 

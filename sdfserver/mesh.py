@@ -90,8 +90,8 @@ def drop_unsupported_components(
 ) -> TriangleMesh:
     """`mesh` without the connected components that fewer than `min_points` of `points` (n, 3) are nearest to.
 
-    A sheet that the fit left in empty space, or a bubble beside the surface, has no measurement of its own. The largest
-    component stays in any case.
+    A sheet that the fit left in empty space, or a bubble beside the surface, has no measurement of its own. The
+    component with the most points stays in any case.
     """
     labels = face_components(mesh.faces, len(mesh.vertices))
     if labels.max(initial=0) == 0:

@@ -182,8 +182,7 @@ def finish_mesh(mesh: TriangleMesh, cloud: PointCloud, config: MeshConfig) -> Tr
         mesh = drop_unsupported_components(mesh, cloud.points)
     if config.trim_distance_world is not None:
         mesh = trim_to_points(mesh, cloud.points, config.trim_distance_world)
-    if config.min_component_share > 0:
-        mesh = drop_small_components(mesh, config.min_component_share)
+    mesh = drop_small_components(mesh, config.min_component_share)
     if config.target_faces is not None:
         mesh = simplify(mesh, config.target_faces)
     return mesh

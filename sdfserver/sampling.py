@@ -93,8 +93,8 @@ def draw_samples(cloud_unit: PointCloud, config: PoolConfig, rng: np.random.Gene
         normals=_tensor(normals[kept]),
         held_points=_tensor(points[held]),
         held_normals=_tensor(normals[held]),
-        pool=pool[slice(n_pool_held, None)],
-        held_pool=pool[slice(n_pool_held)],
+        pool=pool[n_pool_held:],
+        held_pool=pool[:n_pool_held],
         spacing=spacing,
         noise=estimate_noise(points, normals, tree, rng),
     )
