@@ -19,6 +19,8 @@ from torch import Tensor
 AREA_NEIGHBOURS = 12
 LEVEL_SIZES = (1000, 4000, 16000)
 """Patches at each level of detail: each halves the width of the one before."""
+BLOCK = 2**23
+"""Pairs of query and patch whose terms are held at a time, in three arrays of float32: 100 MB."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -95,11 +97,11 @@ def winding_number(queries: Tensor, distances: Tensor, levels: list[Dipoles]) ->
     return w
 
 
-def _dipole_sum(queries: Tensor, patches: Dipoles, *, chunk: int = 8192) -> Tensor:
+def _dipole_sum(queries: Tensor, patches: Dipoles) -> Tensor:
     points, vectors = patches.points.to(queries.device), patches.area_normals.to(queries.device)
     points_squared, offsets = (points**2).sum(1), (points * vectors).sum(1)
     parts = []
-    for q in torch.split(queries, chunk):
+    for q in torch.split(queries, max(1, BLOCK // len(points))):
         distance_squared = torch.addmm(points_squared, q, points.T, alpha=-2).add_((q**2).sum(1)[:, None])
         inverse = distance_squared.clamp_min_(1e-10).rsqrt_()
         flux = torch.addmm(offsets, q, vectors.T, alpha=-1)
