@@ -79,14 +79,21 @@ class PoolConfig:
     """Share scattered around the cloud; the rest is uniform in the cube."""
     near_sigma: float = 0.1
     """Mean standard deviation of the scattered ones."""
-    sign_confidence: float = 0.4
-    """A sign is trusted where the winding number w has |w - 1/2| above this; 0.5 and above trusts none."""
+    inside_confidence: float = 0.4
+    """A sample is trusted to be inside where the winding number w exceeds 1/2 by this; 0.5 and above trusts none."""
+    outside_confidence: float = 0.2
+    """And to be outside where w falls short of 1/2 by this.
+
+    Smaller than the other, because the holes of a scan are where a scanner could not see: in hollows. A lid over a
+    hollow is where w is 1/2, so that what w takes for outside is outside, while the surface lies deeper than the lid.
+    """
 
     def __post_init__(self) -> None:
         _require(self.size >= 1000, f"pool size is {self.size}; it must be at least 1000")
         _require(0 <= self.near_share <= 1, f"near_share is {self.near_share}; it must be 0 to 1")
         _require(self.near_sigma > 0, f"near_sigma is {self.near_sigma}; it must be positive")
-        _require(self.sign_confidence >= 0, f"sign_confidence is {self.sign_confidence}; it must not be negative")
+        for name in ("inside_confidence", "outside_confidence"):
+            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +105,8 @@ class FitConfig:
     """Points of the cloud in a step."""
     batch_space: int = 800
     """Samples of the pool in a step."""
-    learning_rate: float = 5e-4
-    """Of Adam, at its height. 7e-4 is faster on clean clouds and less steady over holes; collapse begins at 1e-3."""
+    learning_rate: float = 7e-4
+    """Of Adam, at its height. Collapse begins at 1e-3."""
     beta2: float = 0.99
     """Decay of Adam's second moment; shorter than usual, because the schedule is."""
     warm_up_share: float = 0.02
@@ -114,7 +121,7 @@ class FitConfig:
     """Largest norm of the whole gradient; None does not clip."""
     alpha: float = 100.0
     """Steepness of the off-surface term, per unit length."""
-    untrusted_share: float = 0.05
+    untrusted_share: float = 0.2
     """Weight of the off-surface term where the sign is not trusted, as a share of its weight elsewhere.
 
     The term draws the smallest sheet over a hole in the data; the little that is left lets the surface run on smoothly.
@@ -206,13 +213,11 @@ class Preset:
 
 
 PRESETS: Mapping[str, Preset] = {
-    "draft": Preset(
-        summary="a first look", fit=FitConfig(steps=500, batch_surface=1000, batch_space=600, learning_rate=7e-4)
-    ),
+    "draft": Preset(summary="a first look", fit=FitConfig(steps=500, batch_surface=1000, batch_space=600)),
     "standard": Preset(summary="scans, noise, sparse clouds"),
     "fine": Preset(
         summary="dense, clean clouds and small detail",
-        fit=FitConfig(steps=3000, learning_rate=7e-4),
+        fit=FitConfig(steps=3000),
         mesh=MeshConfig(resolution=512),
     ),
     "paper": Preset(
@@ -230,7 +235,7 @@ PRESETS: Mapping[str, Preset] = {
             untrusted_share=1.0,
             reference_noise=None,
             weights=LossWeights(surface=3e3, normal=100.0, off_surface=100.0, eikonal=50.0, distance=0.0),
-            pool=PoolConfig(near_share=0.0, sign_confidence=math.inf),
+            pool=PoolConfig(near_share=0.0, inside_confidence=math.inf, outside_confidence=math.inf),
         ),
     ),
 }

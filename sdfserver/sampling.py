@@ -20,6 +20,9 @@ from sdfserver.winding import Dipoles, dipole_levels, point_areas, winding_numbe
 FAR_SPACINGS = 4
 """Beyond this many mean spacings the nearest point of the cloud is as far as the surface, for the fit's purposes."""
 
+FULL_GUESS = 0.4
+"""The first guess is the whole distance where the winding number is this far from 1/2, and less of it nearer by."""
+
 HELD_SHARE, MIN_HELD_POINTS, MAX_HELD_POINTS = 0.02, 5, 2000
 """Points of the cloud, and samples of the pool, that are held out of the fit."""
 NOISE_NEIGHBOURS, NOISE_POINTS = 24, 4000
@@ -30,7 +33,7 @@ class SpacePool:
     """Samples in the cube [-1, 1]^3.
 
     points: (m, 3) float32. signed_distance: (m,) to the nearest point of the cloud, negative inside.
-    first_guess: (m,) the same, fading to 0 where the sign is not trusted: no step where a sheet may be missing.
+    first_guess: (m,) the same, fading to 0 as the winding number nears 1/2: no step where a sheet may be missing.
     trusted: (m,) bool, the sign is known. far: (m,) bool, the sign is known and the distance is that to the surface.
     """
 
@@ -137,11 +140,12 @@ def _space_pool(
     positions = _positions(points, config, rng)
     samples, distances = _tensor(positions), _tensor(tree.query(positions, workers=-1)[0])
     w = winding_number(samples, distances, levels)
-    trusted = (distances > levels[-1].spacing) & ((w - 0.5).abs() > config.sign_confidence)
+    sure = (w > 0.5 + config.inside_confidence) | (w < 0.5 - config.outside_confidence)
+    trusted = sure & (distances > levels[-1].spacing)
     return SpacePool(
         points=samples,
         signed_distance=torch.where(w > 0.5, -distances, distances),
-        first_guess=distances * ((0.5 - w) / min(config.sign_confidence, 0.5)).clamp(-1, 1),
+        first_guess=distances * ((0.5 - w) / FULL_GUESS).clamp(-1, 1),
         trusted=trusted,
         far=trusted & (distances > FAR_SPACINGS * spacing),
     )

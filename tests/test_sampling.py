@@ -6,7 +6,7 @@ from scipy.spatial import cKDTree
 from shapes import bowl, sphere, torus
 
 from sdfserver.cloud import PointCloud
-from sdfserver.config import PoolConfig
+from sdfserver.config import PRESETS, PoolConfig
 from sdfserver.errors import CloudError
 from sdfserver.sampling import draw_samples, estimate_noise
 
@@ -40,8 +40,22 @@ def test_no_sign_is_trusted_in_the_mouth_of_a_bowl() -> None:
     assert not pool.trusted[mouth].any()
 
 
+def test_over_a_hole_outside_is_trusted_sooner_than_inside() -> None:
+    # On its axis, at z over the mouth of a hemisphere of radius r, w = (1 - z / (z^2 + r^2)^(1/2)) / 2.
+    cloud = bowl(5000)
+    radius = 0.9
+    pool = draw_samples(PointCloud(points=radius * cloud.points, normals=cloud.normals), SMALL_POOL, rng()).pool
+    axis, z = pool.points[:, :2].norm(dim=1) < 0.2, pool.points[:, 2]
+    above, below = axis & (z > 0.55 * radius), axis & (z < -0.2 * radius) & (z > -0.8 * radius)
+    assert above.any()
+    assert pool.trusted[above].all()
+    assert (pool.signed_distance[above] > 0).all()
+    assert below.any()
+    assert not pool.trusted[below].any()
+
+
 def test_the_published_pool_is_uniform_and_trusts_no_sign() -> None:
-    pool = draw_samples(sphere(1000), PoolConfig(size=5000, near_share=0.0, sign_confidence=np.inf), rng()).pool
+    pool = draw_samples(sphere(1000), PRESETS["paper"].fit.pool, rng()).pool
     assert not pool.trusted.any()
     assert pool.points.mean(dim=0).abs().max() < 0.05
     assert pool.points.var(dim=0).tolist() == pytest.approx([1 / 3] * 3, rel=0.1)
