@@ -115,7 +115,7 @@ class FitConfig:
     """Whether the learning rate then falls as a half cosine, to a thousandth."""
     warm_start_share: float = 0.2
     """Share of the steps, at the start, of plain regression on the signed nearest-point distance."""
-    low_precision_share: float = 0.8
+    low_precision_share: float = 0.9
     """Share of the steps in bfloat16, from the start, where the processor computes in it natively."""
     clip_norm: float | None = None
     """Largest norm of the whole gradient; None does not clip."""
@@ -217,7 +217,7 @@ PRESETS: Mapping[str, Preset] = {
     "standard": Preset(summary="scans, noise, sparse clouds"),
     "fine": Preset(
         summary="dense, clean clouds and small detail",
-        fit=FitConfig(steps=3000),
+        fit=FitConfig(steps=3000, low_precision_share=0.8),
         mesh=MeshConfig(resolution=512),
     ),
     "paper": Preset(
