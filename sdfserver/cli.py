@@ -10,11 +10,12 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 import typer
 from typer.exceptions import TyperException
@@ -28,19 +29,151 @@ from sdfserver.errors import (
     MissingDependencyError,
     OutputError,
     SdfServerError,
+    ServiceError,
 )
+from sdfserver.server.commands import add_commands
 
 if TYPE_CHECKING:
+    from sdfserver import schemas
+    from sdfserver.client import Job
     from sdfserver.cloud import PointCloud
     from sdfserver.reconstruct import Progress
 
 USER_ERRORS = (CloudError, ConfigError, DeviceError, MissingDependencyError, OutputError)
 """What the user can mend: exit code 2."""
+USER_STATUSES = (400, 401, 403, 413, 415, 422)
+"""A server's way to say the same: in its refusal, or as the reason why a job failed."""
+API_KEY = "SDFSERVER_API_KEY"
+"""The key is read from this variable or from a file: the arguments of a process are for all to see."""
 DEBUG = "SDFSERVER_DEBUG"
 """Set in the environment, it lets tracebacks and third-party warnings through."""
 INTERRUPTED = 130
 
 Preset = Literal["draft", "standard", "fine", "paper"]
+
+# What the commands share
+
+CloudArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="CLOUD",
+        show_default=False,
+        help="The points: PLY, XYZ, PTS, CSV, NPZ, PCD, LAS, E57, OBJ and more.",
+    ),
+]
+OutputOption = Annotated[
+    Path,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="MESH",
+        show_default=False,
+        rich_help_panel="Results",
+        help="Where the mesh goes: .ply, .obj, .stl, .glb or .off.",
+    ),
+]
+PresetOption = Annotated[
+    Preset,
+    typer.Option(
+        rich_help_panel="Fit", help="How much care to take; [bold]paper[/] is the published recipe, for comparison."
+    ),
+]
+DeviceOption = Annotated[
+    Literal["auto", "cpu", "cuda"],
+    typer.Option(rich_help_panel="Fit", help="Where to compute; auto takes a CUDA device if there is one."),
+]
+SeedOption = Annotated[
+    int,
+    typer.Option(
+        metavar="N", min=0, rich_help_panel="Fit", help="The same seed on the same device gives the same mesh."
+    ),
+]
+NormalsOption = Annotated[
+    Literal["file", "estimate"],
+    typer.Option(rich_help_panel="Cloud", help="Take the normals from the file, or estimate them."),
+]
+ViewpointOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="X,Y,Z",
+        show_default=False,
+        rich_help_panel="Cloud",
+        help="Where the sensor stood: estimated normals point to its side.",
+    ),
+]
+OutliersOption = Annotated[
+    bool,
+    typer.Option(
+        "--remove-outliers",
+        rich_help_panel="Cloud",
+        help="Drop points that lie unusually far from the others.",
+    ),
+]
+ResolutionOption = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        show_default="the preset's",
+        rich_help_panel="Mesh",
+        help="Cells of the meshing grid along each side; more cells, finer mesh.",
+    ),
+]
+LevelOption = Annotated[
+    float,
+    typer.Option(
+        metavar="D",
+        rich_help_panel="Mesh",
+        help="Take the surface at this signed distance, in the cloud's units: above 0 is outside.",
+    ),
+]
+TrimOption = Annotated[
+    float | None,
+    typer.Option(
+        metavar="DISTANCE",
+        show_default=False,
+        rich_help_panel="Mesh",
+        help="Cut away what is farther than this from every point, in the cloud's units: for open surfaces.",
+    ),
+]
+ComponentOption = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SHARE",
+        show_default=False,
+        rich_help_panel="Mesh",
+        help="Drop separate parts with less than this share (0 to 1) of the largest one's area.",
+    ),
+]
+FacesOption = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        show_default=False,
+        rich_help_panel="Mesh",
+        help="Simplify the mesh to about this many faces.",
+    ),
+]
+ReportOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE.json",
+        show_default=False,
+        rich_help_panel="Results",
+        help="Write settings, timings, losses and the quality of the mesh to this file.",
+    ),
+]
+FieldOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE.safetensors",
+        show_default=False,
+        rich_help_panel="Results",
+        help="Write the signed distance field itself to this file.",
+    ),
+]
+QuietOption = Annotated[
+    bool, typer.Option("--quiet", "-q", rich_help_panel="Results", help="Print nothing but errors.")
+]
 
 app = typer.Typer(
     name="sdfserver",
@@ -49,6 +182,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+add_commands(app)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except SdfServerError as error:
             if debug:
                 raise
-            return _fail(str(error), 2 if isinstance(error, USER_ERRORS) else 1)
+            return _fail(str(error), _exit_code(error))
         except Exception as error:  # the last line of defence: no traceback reaches a user
             if debug:
                 raise
@@ -75,6 +210,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if code == INTERRUPTED:
         _say("interrupted")
     return int(code or 0)
+
+
+def _exit_code(error: SdfServerError) -> int:
+    if isinstance(error, ServiceError):
+        return 2 if error.problem is not None and error.problem.status in USER_STATUSES else 1
+    return 2 if isinstance(error, USER_ERRORS) else 1
 
 
 def _fail(message: str, code: int) -> int:
@@ -117,127 +258,22 @@ def sdfserver_command(
 
 @app.command()
 def reconstruct(
-    cloud: Annotated[
-        Path,
-        typer.Argument(
-            metavar="CLOUD",
-            show_default=False,
-            help="The points: PLY, XYZ, PTS, CSV, NPZ, PCD, LAS, E57, OBJ and more.",
-        ),
-    ],
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="MESH",
-            show_default=False,
-            rich_help_panel="Results",
-            help="Where the mesh goes: .ply, .obj, .stl, .glb or .off.",
-        ),
-    ],
-    preset: Annotated[
-        Preset,
-        typer.Option(
-            rich_help_panel="Fit", help="How much care to take; [bold]paper[/] is the published recipe, for comparison."
-        ),
-    ] = "standard",
-    device: Annotated[
-        Literal["auto", "cpu", "cuda"],
-        typer.Option(rich_help_panel="Fit", help="Where to compute; auto takes a CUDA device if there is one."),
-    ] = "auto",
-    seed: Annotated[
-        int,
-        typer.Option(
-            metavar="N", min=0, rich_help_panel="Fit", help="The same seed on the same device gives the same mesh."
-        ),
-    ] = 0,
-    normals: Annotated[
-        Literal["file", "estimate"],
-        typer.Option(rich_help_panel="Cloud", help="Take the normals from the file, or estimate them."),
-    ] = "file",
-    viewpoint: Annotated[
-        str | None,
-        typer.Option(
-            metavar="X,Y,Z",
-            show_default=False,
-            rich_help_panel="Cloud",
-            help="Where the sensor stood: estimated normals point to its side.",
-        ),
-    ] = None,
-    remove_outliers: Annotated[
-        bool,
-        typer.Option(
-            "--remove-outliers",
-            rich_help_panel="Cloud",
-            help="Drop points that lie unusually far from the others.",
-        ),
-    ] = False,
-    resolution: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            show_default="the preset's",
-            rich_help_panel="Mesh",
-            help="Cells of the meshing grid along each side; more cells, finer mesh.",
-        ),
-    ] = None,
-    level: Annotated[
-        float,
-        typer.Option(
-            metavar="D",
-            rich_help_panel="Mesh",
-            help="Take the surface at this signed distance, in the cloud's units: above 0 is outside.",
-        ),
-    ] = 0.0,
-    trim: Annotated[
-        float | None,
-        typer.Option(
-            metavar="DISTANCE",
-            show_default=False,
-            rich_help_panel="Mesh",
-            help="Cut away what is farther than this from every point, in the cloud's units: for open surfaces.",
-        ),
-    ] = None,
-    min_component: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SHARE",
-            show_default=False,
-            rich_help_panel="Mesh",
-            help="Drop separate parts with less than this share (0 to 1) of the largest one's area.",
-        ),
-    ] = None,
-    faces: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            show_default=False,
-            rich_help_panel="Mesh",
-            help="Simplify the mesh to about this many faces.",
-        ),
-    ] = None,
-    report: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE.json",
-            show_default=False,
-            rich_help_panel="Results",
-            help="Write settings, timings, losses and the quality of the mesh to this file.",
-        ),
-    ] = None,
-    field: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE.safetensors",
-            show_default=False,
-            rich_help_panel="Results",
-            help="Write the signed distance field itself to this file.",
-        ),
-    ] = None,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", rich_help_panel="Results", help="Print nothing but errors.")
-    ] = False,
+    cloud: CloudArgument,
+    output: OutputOption,
+    preset: PresetOption = "standard",
+    device: DeviceOption = "auto",
+    seed: SeedOption = 0,
+    normals: NormalsOption = "file",
+    viewpoint: ViewpointOption = None,
+    remove_outliers: OutliersOption = False,
+    resolution: ResolutionOption = None,
+    level: LevelOption = 0.0,
+    trim: TrimOption = None,
+    min_component: ComponentOption = None,
+    faces: FacesOption = None,
+    report: ReportOption = None,
+    field: FieldOption = None,
+    quiet: QuietOption = False,
 ) -> None:
     """Reconstruct the surface of a point cloud and write it as a mesh.
 
@@ -245,11 +281,8 @@ def reconstruct(
 
     The mesh is closed unless --trim is given, and keeps the cloud's units and position.
     """
-    if viewpoint is not None and normals != "estimate":
-        raise ConfigError("--viewpoint has no effect without --normals estimate; add that or leave it out")
-    sensor = None if viewpoint is None else _triple(viewpoint)
-    if seed >= 2**63:
-        raise ConfigError(f"seed is {seed}; it must be below 2^63")
+    sensor = _sensor(viewpoint, normals)
+    _check_seed(seed)
     mesh_config = _mesh_config(
         PRESETS[preset].mesh,
         resolution=resolution,
@@ -263,11 +296,13 @@ def reconstruct(
         cloud, remove_outliers=remove_outliers, estimate=normals == "estimate", sensor=sensor
     )
 
-    with _progress_bar(quiet=quiet) as on_progress:
+    with _progress_bar(quiet=quiet) as show:
         # Here, not above: torch takes seconds to load, and a mistake should not.
-        from sdfserver.io import replacing, write_mesh
+        from sdfserver.io import write_mesh
         from sdfserver.reconstruct import reconstruct as run
+        from sdfserver.reconstruct import report_json
 
+        on_progress = None if show is None else partial(_show_progress, show)
         result = run(points, preset=preset, mesh=mesh_config, device=device, seed=seed, on_progress=on_progress)
     write_mesh(result.mesh, output)
     if field is not None:
@@ -275,10 +310,131 @@ def reconstruct(
     result.report["cloud"]["outliers_removed"] = outliers
     result.report["cloud"]["strays_dropped"] += strays
     if report is not None:
-        with replacing(report) as stream:
-            stream.write(json.dumps(_plain(result.report), indent=2, allow_nan=False).encode() + b"\n")
+        _write_report(report_json(result.report), report)
     if not quiet:
         _say(_summary(output, result.report))
+
+
+@app.command()
+def submit(
+    cloud: CloudArgument,
+    output: OutputOption,
+    preset: PresetOption = "standard",
+    device: DeviceOption = "auto",
+    seed: SeedOption = 0,
+    normals: NormalsOption = "file",
+    viewpoint: ViewpointOption = None,
+    remove_outliers: OutliersOption = False,
+    resolution: ResolutionOption = None,
+    level: LevelOption = 0.0,
+    trim: TrimOption = None,
+    min_component: ComponentOption = None,
+    faces: FacesOption = None,
+    report: ReportOption = None,
+    field: FieldOption = None,
+    url: Annotated[
+        str,
+        typer.Option(metavar="URL", envvar="SDFSERVER_URL", rich_help_panel="Server", help="Where the server is."),
+    ] = "http://127.0.0.1:8000",
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            show_default=False,
+            rich_help_panel="Server",
+            help=f"A file that holds the server's API key; else it is taken from {API_KEY} in the environment.",
+        ),
+    ] = None,
+    priority: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=-10,
+            max=10,
+            rich_help_panel="Server",
+            help="Larger runs first, -10 to 10; equals run in order of arrival.",
+        ),
+    ] = 0,
+    quiet: QuietOption = False,
+) -> None:
+    """Have a server reconstruct the surface of a point cloud, and write it as a mesh.
+
+    The same as reconstruct, on another machine: uploads the cloud, follows the job and downloads what it made.
+
+    Interrupted with Ctrl-C, it cancels the job.
+    """
+    sensor = _sensor(viewpoint, normals)
+    _check_seed(seed)
+    api_key = _api_key(api_key_file)
+    _check_paths(cloud, output, report=report, field=field)
+    wanted: dict[str, Any] = {
+        "device": device,
+        "seed": seed,
+        "normals": normals,
+        "viewpoint": sensor,
+        "remove_outliers": remove_outliers,
+        "resolution": resolution,
+        "level": level,
+        "trim": trim,
+        "min_component": min_component,
+        "faces": faces,
+        "priority": priority,
+    }
+    from sdfserver.client import Client
+
+    with _progress_bar(quiet=quiet) as show:
+        on_retry = None if show is None else partial(_show_retry, show)
+        with Client(url, api_key=api_key, on_retry=on_retry) as client:
+            job = client.submit(
+                cloud,
+                preset=preset,
+                on_upload=None if show is None else partial(_show_upload, show),
+                **{name: value for name, value in wanted.items() if value is not None},
+            )
+            try:
+                job.wait(None if show is None else partial(_show_job, show))
+            except KeyboardInterrupt:
+                _cancel(job)
+                raise
+            if show is not None:
+                show("download", 1.0)
+            result = job.report()
+            job.download(output)
+            if field is not None:
+                job.download_field(field)
+    if report is not None:
+        _write_report(json.dumps(result, indent=2).encode() + b"\n", report)
+    if not quiet:
+        _say(_summary(output, result))
+
+
+def _cancel(job: "Job") -> None:
+    try:
+        job.cancel()
+    except ServiceError as error:
+        _say(f"job {job.id} could not be cancelled and goes on: {error}")
+
+
+def _api_key(path: Path | None) -> str | None:
+    if path is None:
+        return os.environ.get(API_KEY, "").strip() or None
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the API key's file {path} cannot be read: {error}") from None
+
+
+def _sensor(viewpoint: str | None, normals: str) -> tuple[float, float, float] | None:
+    if viewpoint is None:
+        return None
+    if normals != "estimate":
+        raise ConfigError("--viewpoint has no effect without --normals estimate; add that or leave it out")
+    return _triple(viewpoint)
+
+
+def _check_seed(seed: int) -> None:
+    if seed >= 2**63:
+        raise ConfigError(f"seed is {seed}; it must be below 2^63")
 
 
 def _triple(text: str) -> tuple[float, float, float]:
@@ -297,7 +453,7 @@ def _mesh_config(base: MeshConfig, **wanted: Any) -> MeshConfig:
 
 def _check_paths(cloud: Path, output: Path, *, report: Path | None, field: Path | None) -> None:
     """Raise OutputError now rather than after the fit, if a result could not be written."""
-    from sdfserver.io import check_writable
+    from sdfserver.files import check_writable
 
     check_writable(output)
     if report is not None:
@@ -319,25 +475,26 @@ def _prepare(
     """The cloud as it was asked for, and how many strays and outliers it lost on the way."""
     from sdfserver.io import read_cloud
 
-    cloud, removed = read_cloud(path), 0
+    cloud = read_cloud(path)
     if not (remove_outliers or estimate):
         return cloud, 0, 0
     import numpy as np
 
-    from sdfserver import normals
-    from sdfserver.cloud import drop_strays, validate
+    from sdfserver.normals import prepare
 
-    cloud, strays = drop_strays(cloud)
-    if remove_outliers:
-        cloud, removed = normals.remove_outliers(validate(cloud, require_normals=False))
-    if estimate:
-        cloud = normals.estimate_normals(cloud, viewpoint=None if sensor is None else np.array(sensor))
-    return cloud, strays, removed
+    viewpoint = None if sensor is None else np.array(sensor)
+    return prepare(cloud, remove_strays_and_outliers=remove_outliers, estimate=estimate, viewpoint=viewpoint)
+
+
+class Show(Protocol):
+    """Draws a bar: what is going on, how much of it is done (0 to 1), and what else there is to say."""
+
+    def __call__(self, stage: str, fraction: float, details: str = "") -> None: ...  # noqa: D102
 
 
 @contextmanager
-def _progress_bar(*, quiet: bool) -> Iterator[Callable[["Progress"], None] | None]:
-    """A callback that draws a bar on standard error, or None where nobody would see it."""
+def _progress_bar(*, quiet: bool) -> Iterator[Show | None]:
+    """Draws a bar on standard error; None where nobody would see it."""
     if quiet or not sys.stderr.isatty():
         yield None
         return
@@ -347,22 +504,39 @@ def _progress_bar(*, quiet: bool) -> Iterator[Callable[["Progress"], None] | Non
     from rich.table import Column
 
     columns = (
-        TextColumn("{task.description}", table_column=Column(width=7)),
+        TextColumn("{task.description}", markup=False, table_column=Column(width=8)),
         BarColumn(bar_width=20, table_column=Column(width=20)),
         TaskProgressColumn(table_column=Column(width=4)),
         # What a narrow terminal has no room for is cut off here.
-        TextColumn("{task.fields[details]}", style="dim", table_column=Column(ratio=1, no_wrap=True)),
+        TextColumn("{task.fields[details]}", style="dim", markup=False, table_column=Column(ratio=1, no_wrap=True)),
     )
     with Bar(*columns, console=Console(stderr=True), transient=True, expand=True) as bar:
         task = bar.add_task("loading", total=1.0, details="")
 
-        def show(progress: "Progress") -> None:
-            bar.update(task, completed=progress.fraction, description=progress.stage, details=_details(progress))
+        def show(stage: str, fraction: float, details: str = "") -> None:
+            bar.update(task, completed=fraction, description=stage, details=details)
 
         yield show
 
 
-def _details(progress: "Progress") -> str:
+def _show_progress(show: Show, progress: "Progress") -> None:
+    show(progress.stage, progress.fraction, _details(progress))
+
+
+def _show_job(show: Show, job: "schemas.Job") -> None:
+    queued = None if job.queue_position is None else f"place {job.queue_position} in the queue"
+    show(job.stage or job.state, job.progress, queued or _details(job))
+
+
+def _show_upload(show: Show, sent: int, total: int) -> None:
+    show("upload", sent / max(total, 1), f"{sent / 1e6:.1f} of {total / 1e6:.1f} MB")
+
+
+def _show_retry(show: Show, message: str) -> None:
+    show("waiting", 0.0, message)
+
+
+def _details(progress: "Progress | schemas.Job") -> str:
     parts = []
     if progress.eta_s is not None:
         minutes, seconds = divmod(round(progress.eta_s), 60)
@@ -373,15 +547,11 @@ def _details(progress: "Progress") -> str:
     return "  ".join(parts)
 
 
-def _plain(value: Any) -> Any:
-    """`value` with null for what JSON cannot say: infinities and NaN."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
+def _write_report(text: bytes, path: Path) -> None:
+    from sdfserver.files import replacing
+
+    with replacing(path) as stream:
+        stream.write(text)
 
 
 def _summary(output: Path, report: dict[str, Any]) -> str:

@@ -11,7 +11,20 @@ SdfServerError
 +-- DivergenceError         the fit left its bounds and did not recover
 +-- ExtractionError         the field has no surface to mesh at this level
 +-- Stopped                 the caller asked for an end before there was a result
++-- ServiceError            a server did not do what was asked of it; `.problem` says why, where it said so
+    +-- ConnectionFailed    no answer, however often it was asked
+    +-- ApiError            it refused: a key, an option, a cloud
+    |   +-- NotFoundError   there is no such job, or no more
+    |   +-- BusyError       its queue is full or it is not ready; later it may be
+    +-- JobFailed           the job ended without a mesh
+    +-- JobCancelled        the job was cancelled
+    +-- JobTimeout          the caller's patience ended before the job, which goes on
 """
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sdfserver.schemas import Problem
 
 
 class SdfServerError(Exception):
@@ -56,3 +69,39 @@ class ExtractionError(SdfServerError):
 
 class Stopped(SdfServerError):  # noqa: N818 - what the caller wished for, not a fault
     """The caller's stop callback asked for an end."""
+
+
+class ServiceError(SdfServerError):
+    """A server did not do what was asked of it; `problem` is what it said, or None where it said nothing."""
+
+    def __init__(self, message: str, problem: "Problem | None" = None) -> None:
+        super().__init__(message)
+        self.problem = problem
+
+
+class ConnectionFailed(ServiceError):  # noqa: N818 - reads as what happened
+    """The server could not be reached, or the connection broke again and again."""
+
+
+class ApiError(ServiceError):
+    """The server refused; `problem.status` is the HTTP status."""
+
+
+class NotFoundError(ApiError):
+    """There is no such job on the server, or not any more."""
+
+
+class BusyError(ApiError):
+    """The server takes nothing now: its queue or the key's quota is full, or it is starting or stopping."""
+
+
+class JobFailed(ServiceError):  # noqa: N818
+    """The job ended without a mesh."""
+
+
+class JobCancelled(ServiceError):  # noqa: N818
+    """The job was cancelled before it had a mesh."""
+
+
+class JobTimeout(ServiceError):  # noqa: N818
+    """The job had not ended in the time given to wait for it; it goes on."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from sdfserver.cloud import Frame
 from sdfserver.config import NetworkConfig
 from sdfserver.errors import ConfigError, FieldFormatError
-from sdfserver.io import replacing
+from sdfserver.files import replacing
 from sdfserver.siren import Siren
 
 FORMAT = "sdfserver-field-1"

@@ -9,10 +9,8 @@ normals of its faces. Meshes are written to a temporary file beside the target, 
 
 import os
 import re
-import secrets
 import struct
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,9 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdfserver.cloud import PointCloud
-from sdfserver.errors import CloudError, CloudFormatError, MissingDependencyError, OutputError
+from sdfserver.errors import CloudError, CloudFormatError, MissingDependencyError
+from sdfserver.files import MESH_FORMATS as MESH_FORMATS
+from sdfserver.files import known_extension, open_cloud, printable, reason, replacing
 from sdfserver.formats.arrays import read_npy, read_npz
-from sdfserver.formats.common import Floats, printable, reason
+from sdfserver.formats.common import Floats
 from sdfserver.formats.pcd import read_pcd
 from sdfserver.formats.ply import read_ply
 from sdfserver.formats.scans import read_e57, read_las
@@ -92,76 +92,20 @@ def write_mesh(mesh: TriangleMesh, path: str | os.PathLike[str]) -> None:
 
     Raises OutputError where the file cannot be written, MissingDependencyError for glb without trimesh.
     """
-    write = _WRITERS[_mesh_extension(Path(path), MESH_FORMATS)]
+    write = _WRITERS[known_extension(Path(path))]
     with replacing(path) as stream:
         write(mesh, stream)
-
-
-def check_writable(path: str | os.PathLike[str], formats: Sequence[str] | None = None) -> None:
-    """Raise OutputError now if a file could not be written at `path` later; leaves nothing behind.
-
-    formats: the extensions that are allowed, without their dot; MESH_FORMATS unless given.
-    """
-    path = Path(path)
-    shown = printable(str(path))
-    try:
-        if path.is_dir():
-            raise OutputError(f"{shown} is a folder; give a file name in it")
-        _mesh_extension(path, MESH_FORMATS if formats is None else formats)
-        folder = Path(os.path.realpath(path)).parent
-        if not folder.is_dir():
-            raise OutputError(f"{shown} cannot be written: there is no folder {printable(str(path.parent))}; create it")
-        if path.exists() and not os.access(path, os.W_OK):
-            raise OutputError(f"{shown} cannot be written: it exists and is read-only; choose another name")
-        probe = folder / _temporary_name(path)
-        probe.open("xb").close()
-        probe.unlink()
-    except (OSError, ValueError) as error:
-        raise OutputError(f"{shown} cannot be written: {reason(error)}") from None
 
 
 # Reading
 
 
-@contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A stream whose content becomes the file at `path` when it is complete, and is removed when it is not.
-
-    Raises OutputError where the file cannot be written.
-    """
-    path = Path(path)
-    try:
-        target = Path(os.path.realpath(path))
-        if target.is_dir():
-            raise OutputError(f"{printable(str(path))} is a folder; give a file name in it")
-        temporary = target.with_name(_temporary_name(path))
-        stream = temporary.open("xb")
-        try:
-            with stream:
-                yield stream
-            temporary.replace(target)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    except (OSError, ValueError) as error:
-        raise OutputError(f"{printable(str(path))} cannot be written: {reason(error)}") from None
-
-
 def _file_bytes(path: Path) -> bytes:
-    shown = printable(str(path))
-    try:
-        if path.is_dir():
-            raise CloudError(f"{shown} is a folder; give a file")
-        if not path.exists():
-            raise CloudError(f"{shown} does not exist; check the path")
-        if not path.is_file():
-            raise CloudError(f"{shown} is not an ordinary file; save the cloud to a file first")
-        data = path.read_bytes()
-    except (OSError, ValueError) as error:
-        raise CloudError(f"{shown} cannot be read: {reason(error)}") from None
-    if not data:
-        raise CloudFormatError(f"{printable(path.name)}: the file is empty; export the cloud again")
-    return data
+    with open_cloud(path) as stream:
+        try:
+            return stream.read()
+        except OSError as error:
+            raise CloudError(f"{printable(str(path))} cannot be read: {reason(error)}") from None
 
 
 _MAGIC: tuple[tuple[re.Pattern[bytes], str, tuple[str, ...]], ...] = (
@@ -205,18 +149,6 @@ CLOUD_FORMATS: tuple[str, ...] = (*_READERS, "e57")
 
 
 # Writing
-
-
-def _mesh_extension(path: Path, formats: Sequence[str]) -> str:
-    extension = path.suffix[1:].lower()
-    if extension not in formats:
-        known = ", ".join(f".{name}" for name in formats)
-        raise OutputError(f"{printable(str(path))}: '{printable(path.suffix)}' is not a known format; use {known}")
-    return extension
-
-
-def _temporary_name(path: Path) -> str:
-    return f".{path.name[:100]}.{secrets.token_hex(6)}.tmp"
 
 
 def _float32_keeps(vertices: Floats) -> bool:
@@ -325,6 +257,3 @@ _WRITERS: dict[str, Callable[[TriangleMesh, BinaryIO], None]] = {
     "glb": _write_glb,
     "off": _write_off,
 }
-
-MESH_FORMATS: tuple[str, ...] = tuple(_WRITERS)
-"""The extensions, without their dot, that write_mesh knows."""

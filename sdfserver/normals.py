@@ -12,7 +12,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import KDTree
 
-from sdfserver.cloud import PointCloud, validate
+from sdfserver.cloud import PointCloud, drop_strays, validate
 from sdfserver.errors import ConfigError
 from sdfserver.orientation import consistent_signs
 
@@ -75,6 +75,25 @@ def remove_outliers(cloud: PointCloud, *, neighbours: int = 20, deviations: floa
         return cloud, 0
     normals = None if cloud.normals is None else cloud.normals[keep]
     return PointCloud(points=points[keep], normals=normals), int((~keep).sum())
+
+
+def prepare(
+    cloud: PointCloud,
+    *,
+    remove_strays_and_outliers: bool = False,
+    estimate: bool = False,
+    viewpoint: NDArray[np.float64] | None = None,
+) -> tuple[PointCloud, int, int]:
+    """The cloud as it was asked for, and how many strays and outliers it lost on the way."""
+    removed = 0
+    if not (remove_strays_and_outliers or estimate):
+        return cloud, 0, 0
+    cloud, strays = drop_strays(cloud)
+    if remove_strays_and_outliers:
+        cloud, removed = remove_outliers(validate(cloud, require_normals=False))
+    if estimate:
+        cloud = estimate_normals(cloud, viewpoint=viewpoint)
+    return cloud, strays, removed
 
 
 def _plane_normals(unit: NDArray[np.float64], near: NDArray[np.int64]) -> NDArray[np.float64]:

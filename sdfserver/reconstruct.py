@@ -1,5 +1,7 @@
 """Cloud to field to mesh in one call, in world units."""
 
+import json
+import math
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +31,8 @@ from sdfserver.metrics import cloud_to_mesh, mesh_health
 REPORT_FORMAT = 1
 STAGES = {"prepare": 0.05, "fit": 0.75, "mesh": 0.15, "measure": 0.05}
 """Stages in order, and the share of the whole that each stands for in the progress."""
+FIT_STAGES = ("prepare", "fit")
+MESH_STAGES = ("mesh", "measure")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,17 +56,36 @@ class Reconstruction:
     report: dict[str, Any]
 
 
-class _Clock:
-    """Names the stage under way, times it, and reports progress."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FittedField:
+    """The field, the cloud as it was fitted (world units, strays dropped), and the report up to there."""
 
-    def __init__(self, on_progress: Callable[[Progress], None] | None) -> None:
+    field: SignedDistanceField
+    cloud: PointCloud
+    report: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MeshedField:
+    """The mesh in world units, and the report on it."""
+
+    mesh: TriangleMesh
+    report: dict[str, Any]
+
+
+class Clock:
+    """Names the stage under way, times it, and reports progress over `stages`."""
+
+    def __init__(self, on_progress: Callable[[Progress], None] | None, stages: tuple[str, ...] = tuple(STAGES)) -> None:
         self.start = time.perf_counter()
         self.on_progress = on_progress
+        self.stages = stages
         self.seconds: dict[str, float] = {}
         self.stage = ""
 
     @contextmanager
     def running(self, stage: str) -> Iterator[None]:
+        """While this is open, `stage` is under way."""
         self.stage, start = stage, time.perf_counter()
         self.report(0.0)
         yield
@@ -72,15 +95,15 @@ class _Clock:
         """Report `share` of the stage under way as done."""
         if self.on_progress is None:
             return
-        names = list(STAGES)
-        before = sum(STAGES[name] for name in names[: names.index(self.stage)])
-        fraction = before + STAGES[self.stage] * share
+        before = sum(STAGES[name] for name in self.stages[: self.stages.index(self.stage)])
+        fraction = (before + STAGES[self.stage] * share) / sum(STAGES[name] for name in self.stages)
         elapsed = time.perf_counter() - self.start
         # The first stage says little about the others' speed.
         eta_s = elapsed * (1 - fraction) / fraction if fraction > STAGES["prepare"] else None
         self.on_progress(Progress(stage=self.stage, fraction=fraction, eta_s=eta_s, **details))
 
     def report_fit(self, progress: FitProgress) -> None:
+        """Report a step of the fit."""
         self.report(progress.step / progress.steps, step=progress.step, steps=progress.steps, losses=progress.losses)
 
 
@@ -115,16 +138,42 @@ def reconstruct(
 
     `preset` names the settings; `network`, `fit_config` and `mesh` replace those of the preset. The same seed on the
     same device gives the same mesh. `should_stop` is asked before every step of the fit and every batch of the
-    extraction.
+    extraction. `fit_field` and `mesh_field` are its two halves.
 
     Raises CloudError when the cloud cannot be reconstructed, ConfigError and DeviceError for settings, DivergenceError
     when the fit fails, ExtractionError when the field has no surface at the level asked for, Stopped when told to.
     """
+    clock = Clock(on_progress)
+    fitted = fit_field(
+        cloud,
+        preset=preset,
+        network=network,
+        fit_config=fit_config,
+        device=device,
+        seed=seed,
+        clock=clock,
+        should_stop=should_stop,
+    )
+    meshed = mesh_field(fitted.field, fitted.cloud, mesh or PRESETS[preset].mesh, clock=clock, should_stop=should_stop)
+    return Reconstruction(mesh=meshed.mesh, field=fitted.field, report=join_reports(fitted.report, meshed.report))
+
+
+def fit_field(
+    cloud: PointCloud,
+    *,
+    preset: str = "standard",
+    network: NetworkConfig | None = None,
+    fit_config: FitConfig | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    clock: Clock | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> FittedField:
+    """The first half of `reconstruct`: the field, the cloud it was fitted to, and that half of the report."""
     if preset not in PRESETS:
         raise ConfigError(f"there is no preset {preset!r}; use one of {', '.join(PRESETS)}")
     network, fit_config = network or PRESETS[preset].network, fit_config or PRESETS[preset].fit
-    mesh_config, torch_device = mesh or PRESETS[preset].mesh, choose_device(device)
-    clock = _Clock(on_progress)
+    torch_device, clock = choose_device(device), clock or Clock(None, FIT_STAGES)
     with clock.running("prepare"):
         given = len(cloud.points)
         cloud, strays = drop_strays(cloud)  # first: one far stray makes the rest look like a single place
@@ -141,34 +190,76 @@ def reconstruct(
             on_progress=clock.report_fit,
             should_stop=should_stop,
         )
-        sdf = SignedDistanceField(siren, frame)
-    with clock.running("mesh"):
-        surface = extract(
-            sdf,
-            resolution=mesh_config.resolution,
-            level=mesh_config.level_world * frame.scale,
-            projection_steps=mesh_config.projection_steps,
-            on_progress=clock.report,
-            should_stop=should_stop,
-        )
-        triangles = finish_mesh(to_world(surface, frame), cloud, mesh_config)
-    with clock.running("measure"):
-        accuracy = asdict(cloud_to_mesh(cloud, triangles))
-        health = asdict(mesh_health(triangles))
     report = {
         "format": REPORT_FORMAT,
         "preset": preset,
         "seed": seed,
         "device": str(torch_device) + (f" ({torch.cuda.get_device_name()})" if torch_device.type == "cuda" else ""),
         "versions": _versions(),
-        "config": {"network": asdict(network), "fit": asdict(fit_config), "mesh": asdict(mesh_config)},
+        "config": {"network": asdict(network), "fit": asdict(fit_config)},
         "cloud": {"points": given, "used": len(cloud.points), "strays_dropped": strays, "scale_to_unit": frame.scale},
-        "seconds": {**clock.seconds, "pool": fit_report.seconds_pool, "total": time.perf_counter() - clock.start},
+        "seconds": {**clock.seconds, "pool": fit_report.seconds_pool},
         "fit": _fit_section(fit_report, frame),
+    }
+    return FittedField(field=SignedDistanceField(siren, frame), cloud=cloud, report=report)
+
+
+def mesh_field(
+    field: SignedDistanceField,
+    cloud: PointCloud,
+    config: MeshConfig,
+    *,
+    clock: Clock | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> MeshedField:
+    """The second half of `reconstruct`: the mesh of `field`, measured against the `cloud` it was fitted to."""
+    clock = clock or Clock(None, MESH_STAGES)
+    with clock.running("mesh"):
+        surface = extract(
+            field,
+            resolution=config.resolution,
+            level=config.level_world * field.frame.scale,
+            projection_steps=config.projection_steps,
+            on_progress=clock.report,
+            should_stop=should_stop,
+        )
+        triangles = finish_mesh(to_world(surface, field.frame), cloud, config)
+    with clock.running("measure"):
+        accuracy = asdict(cloud_to_mesh(cloud, triangles))
+        health = asdict(mesh_health(triangles))
+    report = {
+        "config": {"mesh": asdict(config)},
+        "seconds": {stage: clock.seconds[stage] for stage in MESH_STAGES},
         "input_to_mesh": accuracy,
         "mesh": {**health, "field_evaluations": surface.evaluations},
     }
-    return Reconstruction(mesh=triangles, field=sdf, report=report)
+    return MeshedField(mesh=triangles, report=report)
+
+
+def join_reports(fit_report: dict[str, Any], mesh_report: dict[str, Any]) -> dict[str, Any]:
+    """One report of a reconstruction from those of its two halves; seconds.total is the sum over the stages."""
+    seconds = fit_report["seconds"] | mesh_report["seconds"]
+    return {
+        **fit_report,
+        **mesh_report,
+        "config": fit_report["config"] | mesh_report["config"],
+        "seconds": {**seconds, "total": sum(seconds[stage] for stage in STAGES)},
+    }
+
+
+def report_json(report: dict[str, Any]) -> bytes:
+    """The report as JSON, with null for what JSON cannot say: infinities and NaN."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, float) and not math.isfinite(value):
+            return None
+        if isinstance(value, dict):
+            return {str(key): plain(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(item) for item in value]
+        return value
+
+    return json.dumps(plain(report), indent=2, allow_nan=False).encode() + b"\n"
 
 
 def to_world(surface: ExtractedSurface, frame: Frame) -> TriangleMesh:

@@ -254,7 +254,7 @@ def test_mistakes_cost_one_line_and_exit_2(
 def test_no_two_results_share_a_file(
     fit: Fit, knot: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sdfserver.io.check_writable", lambda path, formats=None: None)
+    monkeypatch.setattr("sdfserver.files.check_writable", lambda path, formats=(): None)
     same = str(tmp_path / "same")
     assert cli.main(["reconstruct", knot, "-o", same, "--report", same]) == 2
     assert "is the mesh already; give the report another name" in one_line(capsys.readouterr().err)

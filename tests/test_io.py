@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from sdfserver.cloud import PointCloud
 from sdfserver.errors import CloudError, CloudFormatError, MissingDependencyError, OutputError
+from sdfserver.files import MESH_FORMATS, check_writable, replacing
 from sdfserver.formats.pcd import _lzf_unpacked
-from sdfserver.io import CLOUD_FORMATS, MESH_FORMATS, check_writable, read_cloud, read_mesh, replacing, write_mesh
+from sdfserver.io import CLOUD_FORMATS, read_cloud, read_mesh, write_mesh
 from sdfserver.mesh import TriangleMesh
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"

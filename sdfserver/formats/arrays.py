@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from sdfserver.cloud import PointCloud
 from sdfserver.errors import CloudFormatError
-from sdfserver.formats.common import broken_promise, cloud_of, named_columns, printable, quote, reason, unnamed_columns
+from sdfserver.files import printable, reason
+from sdfserver.formats.common import broken_promise, cloud_of, named_columns, quote, unnamed_columns
 
 _POINT_KEYS = ("points", "xyz", "vertices", "positions", "position", "pos", "coords", "pts")
 _NORMAL_KEYS = ("normals", "normal", "vertex_normals", "n")

@@ -17,22 +17,10 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 
-def printable(text: str) -> str:
-    """The text on one line: names may hold anything."""
-    return text if text.isprintable() else repr(text)[1:-1]
-
-
 def quote(found: bytes | str, limit: int = 40) -> str:
     """What was found, quoted on one line and cut to `limit` characters."""
     text = found.decode("latin-1") if isinstance(found, bytes) else found
     return repr(text) if len(text) <= limit else repr(text[:limit]) + "..."
-
-
-def reason(error: BaseException) -> str:
-    """What an exception of the system or of a library says, on one line."""
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    text = re.sub(r"<[\w.]+ object at 0x[0-9a-f]+>", "an object", text)
-    return printable(" ".join(text.split())[:200]) or type(error).__name__
 
 
 def whole_number(token: bytes, what: str) -> int:

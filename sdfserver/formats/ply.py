@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from sdfserver.cloud import PointCloud
 from sdfserver.errors import CloudFormatError
-from sdfserver.formats.common import Floats, broken_promise, cloud_of, named_columns, printable, quote, whole_number
+from sdfserver.files import printable
+from sdfserver.formats.common import Floats, broken_promise, cloud_of, named_columns, quote, whole_number
 from sdfserver.formats.surfaces import Polygons, polygons_of, surface_cloud
 from sdfserver.formats.text import MAX_LINE, number_table
 

@@ -8,7 +8,8 @@ import numpy as np
 
 from sdfserver.cloud import PointCloud
 from sdfserver.errors import CloudFormatError, MissingDependencyError
-from sdfserver.formats.common import Floats, broken_promise, cloud_of, named_columns, quote, reason
+from sdfserver.files import reason
+from sdfserver.formats.common import Floats, broken_promise, cloud_of, named_columns, quote
 
 _CHUNK_POINTS = 1_000_000
 

@@ -9,7 +9,8 @@ import numpy as np
 
 from sdfserver.cloud import PointCloud
 from sdfserver.errors import CloudFormatError
-from sdfserver.formats.common import Floats, cloud_of, named_columns, quote, reason, unnamed_columns
+from sdfserver.files import reason
+from sdfserver.formats.common import Floats, cloud_of, named_columns, quote, unnamed_columns
 
 MAX_LINE = 1 << 20
 

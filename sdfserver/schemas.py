@@ -1,0 +1,209 @@
+"""What goes over the wire: the requests and answers of the HTTP interface, shared by server and client.
+
+Times are ISO 8601 in UTC; lengths are in the cloud's own units; sdf < 0 inside.
+"""
+
+from datetime import datetime
+from enum import StrEnum
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+Preset = Literal["draft", "standard", "fine", "paper"]
+MeshFormat = Literal["ply", "glb", "obj", "stl", "off"]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Point = Annotated[list[Finite], Field(min_length=3, max_length=3)]
+
+MAX_PRIORITY = 10
+MAX_QUERY_POINTS = 100_000
+
+
+class JobState(StrEnum):
+    """Where a job stands; the last three are final."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def final(self) -> bool:
+        """Whether nothing will happen to the job any more."""
+        return self not in (JobState.QUEUED, JobState.RUNNING)
+
+
+class JobKind(StrEnum):
+    """What a job makes: a field and its mesh out of a cloud, or another mesh of a field that is there."""
+
+    RECONSTRUCTION = "reconstruction"
+    MESH = "mesh"
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class MeshOptions(_Model):
+    """How the surface is taken out of the field."""
+
+    resolution: Annotated[
+        int | None, Field(ge=8, le=4096, description="Cells of the grid along each side; the preset's by default.")
+    ] = None
+    level: Annotated[
+        Finite, Field(description="Signed distance of the surface, in the cloud's units: above 0 is outside.")
+    ] = 0.0
+    trim: Annotated[
+        Finite | None,
+        Field(gt=0, description="Cut away what is farther than this from every point, in the cloud's units."),
+    ] = None
+    min_component: Annotated[
+        float, Field(ge=0, le=1, description="Drop parts with less than this share of the largest one's area.")
+    ] = 0.0
+    faces: Annotated[int | None, Field(ge=4, le=2**31 - 1, description="Simplify to about this many faces.")] = None
+
+
+class JobOptions(MeshOptions):
+    """How a cloud is reconstructed, and how its job is treated."""
+
+    preset: Annotated[Preset, Field(description="How much care to take.")] = "standard"
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], Field(description="Where to compute; auto takes the worker's own device.")
+    ] = "auto"
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1, description="The same seed gives the same mesh.")] = 0
+    normals: Annotated[
+        Literal["file", "estimate"], Field(description="Take the normals from the file, or estimate them.")
+    ] = "file"
+    viewpoint: Annotated[
+        Point | None, Field(description="Where the sensor stood: estimated normals point to its side.")
+    ] = None
+    remove_outliers: Annotated[bool, Field(description="Drop points unusually far from the others.")] = False
+    priority: Annotated[
+        int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY, description="Larger runs first; equals run in order of arrival.")
+    ] = 0
+    max_seconds: Annotated[
+        Finite | None, Field(gt=0, description="Fail the job when it has run for longer; the server has a limit too.")
+    ] = None
+
+    @model_validator(mode="after")
+    def _viewpoint_needs_estimate(self) -> "JobOptions":
+        if self.viewpoint is not None and self.normals != "estimate":
+            raise ValueError("viewpoint has no effect without normals=estimate; set that or leave it out")
+        return self
+
+
+class MeshJobOptions(MeshOptions):
+    """Another mesh of a field that has been fitted."""
+
+    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = 0
+
+
+class Problem(BaseModel):
+    """What went wrong, as RFC 9457 has it (application/problem+json)."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: Annotated[str, Field(description="A stable name of the kind of problem.")] = "about:blank"
+    title: str
+    status: int
+    detail: str
+    instance: str | None = None
+
+
+class Links(BaseModel):
+    """Where the rest of a job is; what is not there yet is null."""
+
+    self: str
+    events: str
+    cancel: str
+    mesh: str | None = None
+    report: str | None = None
+    field: str | None = None
+    meshes: str | None = None
+    sdf: str | None = None
+    parent: str | None = None
+
+
+class Job(BaseModel):
+    """A job as it stands."""
+
+    id: str
+    kind: JobKind
+    parent_id: str | None = None
+    name: Annotated[str, Field(description="The name of the uploaded file.")]
+    state: JobState
+    stage: Annotated[str | None, Field(description="prepare, fit, mesh, measure or publish, while it runs.")] = None
+    progress: Annotated[float, Field(ge=0, le=1)] = 0.0
+    step: int | None = None
+    steps: int | None = None
+    losses: dict[str, float] = {}
+    eta_s: Annotated[float | None, Field(description="Seconds to the end, by measured speed; null if unknown.")] = None
+    queue_position: Annotated[int | None, Field(description="1 is the next to run; null once it runs.")] = None
+    priority: int = 0
+    attempt: Annotated[int, Field(description="How many times it was started.")] = 0
+    options: dict[str, Any]
+    created_at: datetime
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    expires_at: Annotated[datetime | None, Field(description="When its files will be removed.")] = None
+    problem: Problem | None = None
+    links: Links
+
+
+class JobPage(BaseModel):
+    """A page of jobs, newest first."""
+
+    jobs: list[Job]
+    next: Annotated[str | None, Field(description="The cursor of the next page; null on the last.")] = None
+
+
+class SdfRequest(_Model):
+    """Points at which to evaluate the field."""
+
+    points: Annotated[list[Point], Field(min_length=1, max_length=MAX_QUERY_POINTS)]
+    gradient: Annotated[bool, Field(description="Also return the gradient at each point.")] = False
+
+
+class SdfResponse(BaseModel):
+    """The field at the points asked for: negative inside."""
+
+    distances: list[float]
+    gradients: list[list[float]] | None = None
+
+
+class PresetInfo(BaseModel):
+    """What a preset stands for."""
+
+    summary: str
+    steps: int
+    resolution: int
+
+
+class ServerLimits(BaseModel):
+    """What the server accepts."""
+
+    upload_bytes: int
+    points: int
+    resolution: int
+    steps: int
+    queue_length: int
+    jobs_per_key: int
+    job_seconds: float
+    query_points: int
+    retention_seconds: float
+
+
+class OptionsInfo(BaseModel):
+    """What may be asked for: presets, limits, formats, and the schemas of the options."""
+
+    presets: dict[Preset, PresetInfo]
+    default_preset: Preset
+    devices: list[str]
+    limits: ServerLimits
+    cloud_formats: list[str]
+    mesh_formats: list[MeshFormat]
+    job_options: Annotated[dict[str, Any], Field(description="JSON Schema of the options of POST /v1/jobs.")]
+    mesh_options: Annotated[dict[str, Any], Field(description="JSON Schema of POST /v1/jobs/{id}/meshes.")]
+
+
+IdempotencyKey = Annotated[str, StringConstraints(min_length=1, max_length=255, pattern=r"^[\x21-\x7e]+$")]

@@ -1,0 +1,176 @@
+"""The HTTP application: endpoints, probes, metrics, and one table from exceptions to problems."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import PlainTextResponse, RedirectResponse, Response
+from fastapi_offline import FastAPIOffline
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from sqlalchemy.exc import OperationalError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from sdfserver.schemas import JobState
+from sdfserver.server.artifacts import Artifacts
+from sdfserver.server.problems import ProblemError
+from sdfserver.server.queue import JobQueue
+from sdfserver.server.routes import Service, TheService, invalid, problem_response, router
+from sdfserver.server.settings import Settings
+from sdfserver.server.store import Store
+from sdfserver.server.views import QueueView
+from sdfserver.server.worker import prepare_storage
+
+log = logging.getLogger(__name__)
+
+_HTTP_KINDS = {400: "malformed", 401: "unauthorized", 404: "not-found", 405: "method", 413: "too-large", 416: "range"}
+_DESCRIPTION = """
+From an oriented point cloud to its surface: upload a cloud, follow its job, download the mesh.
+
+Every error is a problem as RFC 9457 has it (`application/problem+json`): its `type` is stable, its `detail` says what
+to do.
+"""
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The application, which opens its storage when it starts and closes it when it stops."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        store, artifacts = Store(settings.database), Artifacts(settings.data_dir)
+        await asyncio.to_thread(prepare_storage, settings, store, artifacts)
+        queue = JobQueue(store)
+        app.state.service = Service(
+            settings=settings,
+            store=store,
+            queue=queue,
+            artifacts=artifacts,
+            view=QueueView(store),
+            converting=asyncio.Semaphore(1),
+        )
+        yield
+        queue.close()
+        store.close()
+
+    app = FastAPIOffline(
+        redoc_url=None,
+        title="sdfserver",
+        summary="From an oriented point cloud to its surface",
+        description=_DESCRIPTION,
+        version=version("sdfserver"),
+        lifespan=lifespan,
+        license_info={"name": "MIT", "identifier": "MIT"},
+    )
+    metrics = _Metrics()
+    app.add_middleware(_Measured, metrics=metrics)
+    app.include_router(router)
+    _add_service_routes(app, metrics)
+    _add_handlers(app)
+    return app
+
+
+def _add_service_routes(app: FastAPI, metrics: "_Metrics") -> None:
+    @app.get("/", include_in_schema=False)
+    def index() -> RedirectResponse:
+        return RedirectResponse("docs")
+
+    @app.get("/health/live", response_class=PlainTextResponse, tags=["service"])
+    def live() -> str:
+        """Whether the process answers."""
+        return "live\n"
+
+    @app.get("/health/ready", response_class=PlainTextResponse, responses={503: {}}, tags=["service"])
+    def ready(service: TheService) -> str:
+        """Whether the database answers and a worker is there to take jobs."""
+        service.store.check()
+        if not service.store.workers():
+            raise ProblemError("not-ready", "no worker is running; start one with 'sdfserver worker'")
+        return "ready\n"
+
+    @app.get("/metrics", response_class=PlainTextResponse, tags=["service"])
+    def prometheus(service: TheService) -> Response:
+        """Figures for Prometheus."""
+        return Response(metrics.text(service.store), media_type=CONTENT_TYPE_LATEST)
+
+
+class _Metrics:
+    """What Prometheus is told."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self.requests = Counter(
+            "sdfserver_http_requests", "Requests answered", ["method", "route", "status"], registry=self._registry
+        )
+        self.seconds = Histogram(
+            "sdfserver_http_request_seconds", "Seconds to the first byte of an answer", ["route"],
+            registry=self._registry,
+        )  # fmt: skip
+        self._jobs = Gauge("sdfserver_jobs", "Jobs by state", ["state"], registry=self._registry)
+        self._workers = Gauge("sdfserver_workers", "Workers that are alive", registry=self._registry)
+
+    def text(self, store: Store) -> bytes:
+        counts = store.counts()
+        for state in JobState:
+            self._jobs.labels(state.value).set(counts.get(state.value, 0))
+        self._workers.set(len(store.workers()))
+        return generate_latest(self._registry)
+
+
+class _Measured:
+    """Counts requests by route, and the seconds until their answers begin."""
+
+    def __init__(self, app: ASGIApp, metrics: _Metrics) -> None:
+        self._app, self._metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        start = asyncio.get_running_loop().time()
+
+        async def observed(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                # The pattern, not the path: a label for every job would never end.
+                route = getattr(scope.get("route"), "path", "other")
+                self._metrics.requests.labels(scope["method"], route, message["status"]).inc()
+                self._metrics.seconds.labels(route).observe(asyncio.get_running_loop().time() - start)
+            await send(message)
+
+        await self._app(scope, receive, observed)
+
+
+def _add_handlers(app: FastAPI) -> None:
+    @app.exception_handler(ProblemError)
+    async def _problem(request: Request, error: ProblemError) -> Response:
+        return problem_response(error, request.url.path)
+
+    @app.exception_handler(RequestValidationError)
+    async def _invalid(request: Request, error: RequestValidationError) -> Response:
+        return problem_response(invalid(error.errors()), request.url.path)
+
+    @app.exception_handler(HTTPException)
+    async def _http(request: Request, error: HTTPException) -> Response:
+        kind = _HTTP_KINDS.get(error.status_code, "malformed")
+        detail = f"{request.method} {request.url.path[:200]}: {error.detail}"
+        return problem_response(ProblemError(kind, detail, headers=error.headers), request.url.path)
+
+    @app.exception_handler(ClientDisconnect)
+    async def _gone(request: Request, _error: ClientDisconnect) -> Response:
+        return problem_response(ProblemError("malformed", "the request ended too early"), request.url.path)
+
+    @app.exception_handler(OperationalError)
+    async def _database(request: Request, error: OperationalError) -> Response:
+        log.error("the database does not answer: %s", error.orig)
+        problem = ProblemError("not-ready", "the database does not answer; try again", headers={"Retry-After": "5"})
+        return problem_response(problem, request.url.path)
+
+    @app.exception_handler(Exception)
+    async def _internal(request: Request, _error: Exception) -> Response:
+        return problem_response(
+            ProblemError("internal", "the server made a mistake; its log says which"), request.url.path
+        )

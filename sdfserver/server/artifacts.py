@@ -1,0 +1,121 @@
+"""Every path of the service: where a job's files are, and what of them is to go.
+
+    jobs/<id>/cloud.<format>        as it was uploaded
+    jobs/<id>/<attempt>/            what an attempt wrote: field.safetensors, cloud.npz, fit.json; mesh.ply, report.json
+
+A job of kind mesh starts from the field of its parent: folder 0 has links to those files. Names from users never become
+paths: <id> and <attempt> are ours, <format> is one of a list.
+"""
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+FIELD, CLOUD, FIT_REPORT = "field.safetensors", "cloud.npz", "fit.json"
+MESH, REPORT = "mesh.ply", "report.json"
+FIT_FILES = (FIELD, CLOUD, FIT_REPORT)
+
+
+class Artifacts:
+    """The folder of the service's files."""
+
+    def __init__(self, root: Path) -> None:
+        self.jobs = root.absolute() / "jobs"
+
+    def create(self) -> None:
+        """Make the folder."""
+        self.jobs.mkdir(parents=True, exist_ok=True)
+
+    def upload(self, job_id: str, extension: str) -> Path:
+        """The cloud as it was uploaded."""
+        return self.jobs / job_id / f"cloud.{extension}"
+
+    def attempt(self, job_id: str, number: int) -> Path:
+        """The folder of an attempt."""
+        return self.jobs / job_id / str(number)
+
+    @contextmanager
+    def receiving(self, job_id: str, extension: str) -> Iterator[BinaryIO]:
+        """A stream for an upload. While it is open the job's folder is not taken for a stray, row or no row.
+
+        An error removes the folder.
+        """
+        path = self.upload(job_id, extension)
+        path.parent.mkdir()
+        try:
+            with path.open("xb") as stream:
+                fcntl.flock(stream, fcntl.LOCK_EX)
+                yield stream
+        except BaseException:
+            self.remove(job_id)
+            raise
+
+    @contextmanager
+    def linking(self, parent_id: str, fitted: int, job_id: str) -> Iterator[None]:
+        """Give a job of kind mesh the field of its parent. While it is open the folder is not taken for a stray.
+
+        An error removes the folder. Raises FileNotFoundError when the parent's field is gone.
+        """
+        source, target = self.attempt(parent_id, fitted), self.attempt(job_id, 0)
+        with self.receiving(job_id, "field"):
+            target.mkdir()
+            for name in FIT_FILES:
+                target.joinpath(name).hardlink_to(source / name)
+            sync(target)
+            yield
+
+    def remove(self, job_id: str) -> None:
+        """Remove all files of a job."""
+        shutil.rmtree(self.jobs / job_id, ignore_errors=True)
+
+    def remove_attempt(self, job_id: str, number: int) -> None:
+        """Remove the files of one attempt."""
+        shutil.rmtree(self.attempt(job_id, number), ignore_errors=True)
+
+    def free_bytes(self) -> int:
+        """Room on the disk."""
+        return shutil.disk_usage(self.jobs).free
+
+    def sweep(self, kept: Callable[[Sequence[str]], dict[str, tuple[bool, set[int]]]]) -> None:
+        """Remove folders that no job wants any more, and attempts of finished jobs that were not the one.
+
+        `kept` tells of some job ids which are to be kept, whether each has ended, and its attempts with results.
+        """
+        # Listed before the store is asked: a folder made after that is not looked at.
+        ids = [entry.name for entry in os.scandir(self.jobs) if entry.is_dir()]
+        wanted = kept(ids)
+        for job_id in ids:
+            if job_id not in wanted:
+                if not self._receiving(job_id):
+                    self.remove(job_id)
+                continue
+            ended, attempts = wanted[job_id]
+            if ended:
+                for folder in self.jobs.joinpath(job_id).iterdir():
+                    if folder.name.isdecimal() and int(folder.name) not in {0, *attempts}:
+                        shutil.rmtree(folder, ignore_errors=True)
+
+    def _receiving(self, job_id: str) -> bool:
+        """Whether some process is writing an upload into the job's folder."""
+        for path in self.jobs.joinpath(job_id).glob("cloud.*"):
+            with contextlib.suppress(FileNotFoundError), path.open("rb") as stream:
+                try:
+                    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return True
+        return False
+
+
+def sync(folder: Path) -> None:
+    """Bring the files of a folder, and their names, to the disk."""
+    for path in (*folder.iterdir(), folder, folder.parent):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,247 @@
+"""The process in which a job is computed: spawned by a worker, and the only one that imports torch or reads a cloud.
+
+It talks with its parent over a pipe. In: a task, or STOP. Out: progress, and for each task one Outcome. It ends with
+its parent: nobody would hear it.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from dataclasses import dataclass, replace
+from multiprocessing import parent_process
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from sdfserver.config import PRESETS, MeshConfig
+from sdfserver.errors import (
+    CloudError,
+    ConfigError,
+    DeviceError,
+    DivergenceError,
+    ExtractionError,
+    MissingDependencyError,
+    SdfServerError,
+    Stopped,
+)
+from sdfserver.schemas import JobOptions, MeshOptions
+from sdfserver.server.artifacts import CLOUD, FIELD, FIT_REPORT, MESH, REPORT, sync
+
+if TYPE_CHECKING:
+    from sdfserver.cloud import PointCloud
+    from sdfserver.reconstruct import Progress
+
+STOP = "stop"
+READY = "ready"
+PROGRESS_SECONDS = 0.1
+NICENESS = 10
+"""Behind the API and the worker: they must answer while both cores compute."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitTask:
+    """Fit a field to the cloud at `cloud`, and leave it in `folder`. `name` is the cloud's for its user."""
+
+    cloud: Path
+    name: str
+    folder: Path
+    options: JobOptions
+    max_points: int
+    device: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshTask:
+    """Mesh the field in `field_folder`, and leave mesh and report in `folder`."""
+
+    field_folder: Path
+    folder: Path
+    options: MeshOptions
+    preset: str
+    device: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a task ended. `problem` is a kind of problem of `sdfserver.server.problems`; `detail` is for the user."""
+
+    how: Literal["done", "failed", "stopped"]
+    seconds: float = 0.0
+    problem: str = ""
+    detail: str = ""
+
+
+def mesh_config(options: MeshOptions, preset: str) -> MeshConfig:
+    """The mesh settings that `options` ask for, on top of those of the preset. Raises ConfigError."""
+    base = PRESETS[preset].mesh
+    return replace(
+        base,
+        resolution=options.resolution or base.resolution,
+        level_world=options.level,
+        trim_distance_world=options.trim,
+        min_component_share=options.min_component,
+        target_faces=options.faces,
+    )
+
+
+def main(connection: Connection, threads: int) -> None:
+    """Serve tasks until the parent is gone. The target of the spawned process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.nice(NICENESS)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    import torch
+
+    import sdfserver.io
+    import sdfserver.reconstruct  # noqa: F401 - here, so that the first task need not wait for it
+
+    torch.set_num_threads(threads)
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionError):
+        connection.send(READY)
+        while True:
+            task = connection.recv()
+            if isinstance(task, (FitTask, MeshTask)):  # a STOP that came too late is for a task that has ended
+                connection.send(_run(task, _Reporter(connection)))
+
+
+class _Reporter:
+    """Sends progress, at a bearable rate, and hears when to stop."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._stop = False
+        self._sent_at = 0.0
+        self._stage = ""
+
+    def show(self, progress: "Progress") -> None:
+        now = time.monotonic()
+        if progress.stage != self._stage or now - self._sent_at >= PROGRESS_SECONDS:
+            self._connection.send(progress)
+            self._sent_at, self._stage = now, progress.stage
+
+    def should_stop(self) -> bool:
+        while not self._stop and self._connection.poll():
+            self._stop = self._connection.recv() == STOP
+        return self._stop
+
+
+def _run(task: FitTask | MeshTask, reporter: _Reporter) -> Outcome:
+    start = time.monotonic()
+    try:
+        if isinstance(task, FitTask):
+            _fit(task, reporter)
+        else:
+            _mesh(task, reporter)
+        sync(task.folder)
+    except Stopped:
+        return Outcome(how="stopped")
+    except SdfServerError as error:
+        kind = next((kind for kinds, kind in _PROBLEMS.items() if isinstance(error, kinds)), "internal")
+        return Outcome(how="failed", problem=kind, detail=_without_paths(str(error), task))
+    except Exception as error:  # noqa: BLE001 - a job's fault must not end the process, and is told in the log
+        if _out_of_memory(error):
+            return Outcome(how="failed", problem="memory", detail="the job needed more memory than there is")
+        traceback.print_exc(file=sys.stderr)
+        return Outcome(how="failed", problem="internal", detail="the job failed for a reason on the server's side")
+    finally:
+        _free_device_memory()
+    return Outcome(how="done", seconds=time.monotonic() - start)
+
+
+_PROBLEMS: dict[tuple[type[SdfServerError], ...], str] = {
+    (CloudError, MissingDependencyError): "cloud",
+    (ConfigError, DeviceError): "options",
+    (DivergenceError,): "divergence",
+    (ExtractionError,): "no-surface",
+}
+
+
+def _fit(task: FitTask, reporter: _Reporter) -> None:
+    import numpy as np
+
+    from sdfserver.io import read_cloud
+    from sdfserver.normals import prepare
+    from sdfserver.reconstruct import FIT_STAGES, Clock, Progress, fit_field, report_json
+
+    reporter.show(Progress(stage="prepare", fraction=0.0))
+    options = task.options
+    given = read_cloud(task.cloud)
+    if len(given.points) > task.max_points:
+        raise CloudError(f"{task.name} has {len(given.points):,} points; this server takes {task.max_points:,}")
+    cloud, strays, outliers = prepare(
+        given,
+        remove_strays_and_outliers=options.remove_outliers,
+        estimate=options.normals == "estimate",
+        viewpoint=None if options.viewpoint is None else np.array(options.viewpoint),
+    )
+    fitted = fit_field(
+        cloud,
+        preset=options.preset,
+        device=task.device if options.device == "auto" else options.device,
+        seed=options.seed,
+        clock=Clock(reporter.show, FIT_STAGES),
+        should_stop=reporter.should_stop,
+    )
+    about = fitted.report["cloud"]
+    about["outliers_removed"], about["strays_dropped"] = outliers, about["strays_dropped"] + strays
+    fitted.field.save(task.folder / FIELD)
+    _save_cloud(fitted.cloud, task.folder / CLOUD)
+    (task.folder / FIT_REPORT).write_bytes(report_json(fitted.report))
+
+
+def _mesh(task: MeshTask, reporter: _Reporter) -> None:
+    from sdfserver.field import SignedDistanceField
+    from sdfserver.io import read_cloud, write_mesh
+    from sdfserver.reconstruct import MESH_STAGES, Clock, choose_device, join_reports, mesh_field, report_json
+
+    field = SignedDistanceField.load(task.field_folder / FIELD, device=choose_device(task.device))
+    meshed = mesh_field(
+        field,
+        read_cloud(task.field_folder / CLOUD),
+        mesh_config(task.options, task.preset),
+        clock=Clock(reporter.show, MESH_STAGES),
+        should_stop=reporter.should_stop,
+    )
+    write_mesh(meshed.mesh, task.folder / MESH)
+    fit_report = json.loads((task.field_folder / FIT_REPORT).read_bytes())
+    (task.folder / REPORT).write_bytes(report_json(join_reports(fit_report, meshed.report)))
+
+
+def _save_cloud(cloud: "PointCloud", path: Path) -> None:
+    import numpy as np
+
+    if cloud.normals is None:
+        raise ValueError("a cloud that has been fitted has normals")
+    np.savez(path, points=cloud.points, normals=cloud.normals)
+
+
+def _without_paths(message: str, task: FitTask | MeshTask) -> str:
+    """The message, with the user's name for the cloud where ours stood."""
+    if isinstance(task, FitTask):
+        message = message.replace(str(task.cloud), task.name).replace(task.cloud.name, task.name)
+    return message.replace(str(task.folder), "the job's folder")
+
+
+def _out_of_memory(error: Exception) -> bool:
+    import torch
+
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(error)
+
+
+def _free_device_memory() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

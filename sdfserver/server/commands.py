@@ -1,0 +1,181 @@
+"""The commands that run the service: serve, api, worker, keys, demo. Nothing heavy is imported before one is run."""
+
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from sdfserver.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sdfserver.server.settings import Settings
+
+
+class _WithSettings(TyperCommand):
+    """A command whose help lists the service's settings, which takes an import that other commands are spared."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        from sdfserver.server.settings import Settings
+
+        rows = [
+            f"[bold]SDFSERVER_{name.upper()}[/]: {field.description} [dim]({_shown(field.default)})[/]"
+            for name, field in Settings.model_fields.items()
+        ]
+        self.epilog = "Settings, from the environment:\n\n" + "\n\n".join(rows)
+        super().format_help(ctx, formatter)
+
+
+def _shown(default: object) -> str:
+    return "unset" if default is None else f"{default:,}" if isinstance(default, int) else str(default)
+
+
+Host = Annotated[str | None, typer.Option(metavar="ADDRESS", show_default="127.0.0.1", help="Address to listen on.")]
+Port = Annotated[
+    int | None,
+    typer.Option(metavar="N", min=0, max=65535, show_default="8000", help="Port to listen on; 0 takes a free one."),
+]
+DataDir = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", show_default="sdfserver-data", help="Where clouds, meshes and the database are kept."),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(metavar="auto|cpu|cuda", show_default="auto", help="Where to compute."),
+]
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Add the service's commands to the command line."""
+    for command in (serve, api, worker):
+        app.command(rich_help_panel="Service", cls=_WithSettings)(command)
+    app.command(rich_help_panel="Service")(demo)
+    keys = typer.Typer(help="API keys: create, list and revoke them.", no_args_is_help=True)
+    keys.command("create")(create_key)
+    keys.command("list")(list_keys)
+    keys.command("revoke")(revoke_key)
+    app.add_typer(keys, name="keys", rich_help_panel="Service")
+
+
+def serve(
+    host: Host = None,
+    port: Port = None,
+    data_dir: DataDir = None,
+    workers: Annotated[
+        int | None, typer.Option(metavar="N", min=0, show_default="1", help="Worker processes, one job each at a time.")
+    ] = None,
+    device: Device = None,
+) -> None:
+    """Serve the HTTP interface and run its jobs: there is nothing else to start.
+
+    Jobs survive whatever ends a process: run the command again, and they go on.
+    """
+    from sdfserver.server.supervisor import serve as run
+
+    settings = _settings(host=host, port=port, data_dir=data_dir, workers=workers, device=device)
+    counted = f"{settings.workers} worker{'' if settings.workers == 1 else 's'}"
+
+    def say(url: str) -> None:
+        _say(f"serving on {url} ({counted}, data in {settings.data_dir}); try {url}/docs, stop with Ctrl-C")
+
+    run(settings, say)
+
+
+def api(
+    host: Host = None,
+    port: Port = None,
+    data_dir: DataDir = None,
+    fd: Annotated[int | None, typer.Option(hidden=True, help="A socket that listens already.")] = None,
+) -> None:
+    """Serve the HTTP interface alone; workers on this and other hosts share its database and data folder."""
+    from sdfserver.server.supervisor import check_public, open_store, run_api, watch_parent
+
+    settings = _settings(host=host, port=port, data_dir=data_dir)
+    if fd is None:
+        store = open_store(settings)
+        check_public(settings, store)
+        store.close()
+        _say(f"serving the interface on http://{settings.host}:{settings.port}, without a worker")
+    watch_parent()
+    run_api(settings, fd)
+
+
+def worker(data_dir: DataDir = None, device: Device = None) -> None:
+    """Run jobs, one at a time, for an API that shares the database and the data folder."""
+    from sdfserver.server.supervisor import watch_parent
+    from sdfserver.server.worker import main
+
+    settings = _settings(data_dir=data_dir, device=device)
+    watch_parent()
+    main(settings)
+
+
+def create_key(
+    name: Annotated[str, typer.Argument(metavar="NAME", show_default=False, help="Whose key it is.")],
+    max_jobs: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, show_default="the server's limit", help="Most unfinished jobs of this key."),
+    ] = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Create a key and print it: it is not stored, and cannot be shown again.
+
+    As soon as there is a key, the server answers nobody without one.
+    """
+    from sdfserver.server.supervisor import open_store
+
+    key_id, secret = open_store(_settings(data_dir=data_dir)).create_key(name, max_jobs)
+    _say(f"key {key_id} for {name}; keep it, it will not be shown again:")
+    sys.stdout.write(secret + "\n")
+
+
+def list_keys(data_dir: DataDir = None) -> None:
+    """List the keys: id, name, and whether they are in use."""
+    from sdfserver.server.supervisor import open_store
+
+    for row in open_store(_settings(data_dir=data_dir)).list_keys():
+        sys.stdout.write(f"{row.id}  {'revoked' if row.revoked_at else 'in use '}  {row.name}\n")
+
+
+def revoke_key(
+    key_id: Annotated[str, typer.Argument(metavar="ID", show_default=False, help="As keys list shows it.")],
+    data_dir: DataDir = None,
+) -> None:
+    """End a key's use, at once."""
+    from sdfserver.server.supervisor import open_store
+
+    if not open_store(_settings(data_dir=data_dir)).revoke_key(key_id):
+        raise ConfigError(f"there is no key {key_id!r} in use; see sdfserver keys list")
+    _say(f"key {key_id} is revoked")
+
+
+def demo(
+    cloud: Annotated[
+        Path | None,
+        typer.Argument(metavar="[CLOUD]", show_default="a knot", help="The cloud to post."),
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="MESH", help="Where the mesh goes.")] = Path(
+        "demo.ply"
+    ),
+    preset: Annotated[str, typer.Option(metavar="draft|standard|fine", help="How much care to take.")] = "draft",
+) -> None:
+    """Show the whole service at work: start a server, post a cloud, follow its job, download the mesh, and stop."""
+    from sdfserver.server.demo import run_demo
+
+    run_demo(cloud, output, preset, _say)
+
+
+def _settings(**overrides: Any) -> "Settings":
+    from sdfserver.server.settings import load_settings
+
+    logging.basicConfig(level=logging.INFO, format="sdfserver: %(message)s", stream=sys.stderr, force=True)
+    for name in ("httpx", "sqlalchemy", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return load_settings(**overrides)
+
+
+def _say(message: str) -> None:
+    sys.stderr.write(f"sdfserver: {message}\n")
+    sys.stderr.flush()

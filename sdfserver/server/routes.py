@@ -1,0 +1,556 @@
+"""The endpoints of /v1: thin, with no SQL and no torch."""
+
+import asyncio
+import hashlib
+import json
+import logging
+import sys
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, cast
+
+import numpy as np
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from fastapi.responses import FileResponse, JSONResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+from pydantic import ValidationError
+from starlette.concurrency import run_in_threadpool
+
+from sdfserver.config import PRESETS
+from sdfserver.io import CLOUD_FORMATS
+from sdfserver.schemas import (
+    MAX_QUERY_POINTS,
+    IdempotencyKey,
+    Job,
+    JobKind,
+    JobOptions,
+    JobPage,
+    JobState,
+    MeshFormat,
+    MeshJobOptions,
+    MeshOptions,
+    OptionsInfo,
+    Preset,
+    PresetInfo,
+    Problem,
+    SdfRequest,
+    SdfResponse,
+    ServerLimits,
+)
+from sdfserver.server import fields
+from sdfserver.server.artifacts import FIELD, MESH, REPORT, Artifacts
+from sdfserver.server.problems import KINDS, MEDIA_TYPE, ProblemError
+from sdfserver.server.queue import JobQueue
+from sdfserver.server.settings import Settings
+from sdfserver.server.store import (
+    ApiKey,
+    IdempotencyConflictError,
+    NewJob,
+    QueueFullError,
+    QuotaError,
+    Row,
+    Store,
+    new_id,
+)
+from sdfserver.server.uploads import MAX_NAME, Upload, receive_form, receive_raw, safe_name, too_large
+from sdfserver.server.views import JOBS, QueueView, decode_cursor, encode_cursor, job_view
+
+log = logging.getLogger(__name__)
+
+EVENT_SECONDS = 0.25
+"""How often a stream of events looks for more."""
+RETRY_SECONDS = 10
+MAX_JSON_BYTES = 16 * 2**20
+MESH_FORMATS: tuple[MeshFormat, ...] = ("ply", "glb", "obj", "stl", "off")
+_MEDIA_TYPES = {"ply": "application/octet-stream", "glb": "model/gltf-binary", "obj": "model/obj", "stl": "model/stl",
+                "off": "text/plain"}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Service:
+    """What the endpoints work with."""
+
+    settings: Settings
+    store: Store
+    queue: JobQueue
+    artifacts: Artifacts
+    view: QueueView
+    converting: asyncio.Semaphore
+
+
+def service_of(request: Request) -> Service:
+    """The running app's service."""
+    service: Service = request.app.state.service
+    return service
+
+
+TheService = Annotated[Service, Depends(service_of)]
+_bearer = HTTPBearer(auto_error=False, description="An API key, where the server asks for one")
+
+
+def owner_of(
+    service: TheService, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
+) -> ApiKey:
+    """Who asks. Raises ProblemError where a key is needed and is not there."""
+    key = service.store.authenticate(None if credentials is None else credentials.credentials)
+    if key is None:
+        raise ProblemError(
+            "unauthorized",
+            "the API key is not known; send it as 'Authorization: Bearer KEY'"
+            if credentials
+            else "this server asks for an API key; send it as 'Authorization: Bearer KEY'",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+    return key
+
+
+Owner = Annotated[ApiKey, Depends(owner_of)]
+
+
+def job_of(service: TheService, owner: Owner, job_id: str) -> Row:
+    """The job of the path, if it is the asker's. Raises ProblemError."""
+    row = service.store.job(job_id, owner.id)
+    if row is None:
+        raise ProblemError("not-found", f"there is no job {job_id[:40]!r}")
+    if row.gone_at is not None:
+        raise ProblemError("gone", f"job {job_id} and its files have been removed; upload the cloud again")
+    return row
+
+
+TheJob = Annotated[Row, Depends(job_of)]
+
+
+def finished_job_of(row: TheJob) -> Row:
+    """The same, if it has succeeded. Raises ProblemError."""
+    if row.state != JobState.SUCCEEDED:
+        remedy = "wait until it has" if not JobState(row.state).final else "submit the cloud again"
+        raise ProblemError("state", f"job {row.id} is {row.state}, not succeeded; {remedy}")
+    return row
+
+
+FinishedJob = Annotated[Row, Depends(finished_job_of)]
+
+
+def _answers(*kinds: str) -> dict[int | str, dict[str, Any]]:
+    """What an endpoint may answer beside success, for the documentation."""
+    by_status: dict[int | str, dict[str, Any]] = {}
+    for kind in ("unauthorized", "invalid", *kinds):
+        status, title = KINDS[kind]
+        by_status[status] = {"model": Problem, "description": title, "content": {MEDIA_TYPE: {}}}
+    return by_status
+
+
+_ABOUT_A_JOB = _answers("not-found", "gone")
+_ABOUT_A_RESULT = _answers("not-found", "gone", "state")
+_FILE: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}},
+    206: {"description": "The part that Range asked for"},
+    304: {"description": "If-None-Match names what would be sent"},
+    **_ABOUT_A_RESULT,
+    416: {"description": KINDS["range"][1]},
+}
+
+router = APIRouter(prefix="/v1")
+
+
+class UploadQuery(JobOptions):
+    """The options of a raw upload, and what its form would have said of the file."""
+
+    name: Annotated[str | None, Query(max_length=MAX_NAME, description="The file's name, for a raw upload.")] = None
+    format: Annotated[
+        str | None, Query(max_length=8, description="The file's format, for a raw upload whose name does not tell.")
+    ] = None
+
+    def options(self) -> JobOptions:
+        """The options alone."""
+        return JobOptions(**self.model_dump(exclude={"name", "format"}))
+
+
+_EXAMPLE_XYZ = "0 0 1 0 0 1\n0 1 0 0 1 0\n1 0 0 1 0 0\n"
+_UPLOAD_BODY = {
+    "requestBody": {
+        "required": True,
+        "description": "The cloud: as the part `cloud` of a form, or as the whole body with its options in the query.",
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["cloud"],
+                    "properties": {
+                        "cloud": {
+                            "type": "string",
+                            "contentMediaType": "application/octet-stream",
+                            "description": "The file; its name's ending says the format.",
+                        },
+                        "options": {
+                            "type": "string",
+                            "contentMediaType": "application/json",
+                            "description": "JSON of JobOptions",
+                            "examples": ['{"preset": "draft"}'],
+                        },
+                    },
+                },
+                "encoding": {"options": {"contentType": "application/json"}},
+            },
+            "application/octet-stream": {"schema": {"type": "string", "format": "binary"}, "example": _EXAMPLE_XYZ},
+        },
+    }
+}
+
+
+@router.post(
+    "/jobs",
+    status_code=202,
+    response_model=Job,
+    responses=_answers("malformed", "idempotency", "too-large", "format", "queue-full", "not-ready", "disk-full"),
+    openapi_extra=_UPLOAD_BODY,
+    tags=["jobs"],
+)
+async def submit_job(
+    request: Request,
+    response: Response,
+    service: TheService,
+    owner: Owner,
+    query: Annotated[UploadQuery, Query()],
+    idempotency_key: Annotated[IdempotencyKey | None, Header(description="Repeating it repeats no job.")] = None,
+) -> Job:
+    """Upload a cloud and queue its reconstruction."""
+    settings = service.settings
+    declared = int(request.headers.get("content-length", "0"))
+    if declared > settings.max_upload_bytes + 2**20:
+        raise too_large(settings.max_upload_bytes)
+    job_id, options = new_id(), query.options()
+    check_limits(options, options.preset, settings)
+    content_type = request.headers.get("content-type", "")
+    with Upload(
+        service.artifacts, job_id, max_bytes=settings.max_upload_bytes, min_free=settings.min_free_bytes
+    ) as upload:
+        upload.check_room(declared)
+        if content_type.lower().startswith("multipart/form-data"):
+            await receive_form(upload, request.stream(), content_type=content_type)
+            if upload.options is not None:
+                options = _options_of(upload.options)
+                check_limits(options, options.preset, settings)
+        else:
+            await receive_raw(
+                upload, request.stream(), name=query.name or f"cloud.{query.format or ''}", extension=query.format
+            )
+        asked = json.dumps(options.model_dump(mode="json"), sort_keys=True)
+        new = NewJob(
+            id=job_id,
+            owner=owner.id,
+            kind=JobKind.RECONSTRUCTION,
+            name=upload.name,
+            format=upload.format,
+            options=options.model_dump(mode="json"),
+            preset=options.preset,
+            resolution=options.resolution or PRESETS[options.preset].mesh.resolution,
+            priority=options.priority,
+            idempotency_key=idempotency_key,
+            request_hash=hashlib.sha256(f"{upload.digest}\n{upload.format}\n{asked}".encode()).hexdigest(),
+        )
+        # Within the upload's context: its folder is not taken for a stray before the row is there.
+        return await run_in_threadpool(_create, service, owner, new, response)
+
+
+def _create(service: Service, owner: ApiKey, new: NewJob, response: Response) -> Job:
+    """The new job, or the one that the same request made before; its files are removed where it is not new."""
+    settings = service.settings
+    try:
+        row, replayed = service.store.create_job(
+            new,
+            service.queue.enqueue,
+            max_queue=settings.max_queue,
+            max_jobs=settings.max_jobs_per_key if owner.max_jobs is None else owner.max_jobs,
+        )
+    except IdempotencyConflictError:
+        raise ProblemError(
+            "idempotency",
+            f"the Idempotency-Key {new.idempotency_key!r} came with another request before; use a new one",
+        ) from None
+    except QuotaError as error:
+        detail = f"{error.limit} of your jobs are unfinished, and no more are allowed; wait for one or cancel one"
+        raise ProblemError("quota", detail, headers={"Retry-After": str(RETRY_SECONDS)}) from None
+    except QueueFullError as error:
+        detail = f"{error.limit} jobs are waiting, and no more are taken; try again later"
+        raise ProblemError("queue-full", detail, headers={"Retry-After": str(RETRY_SECONDS)}) from None
+    if replayed:
+        service.artifacts.remove(new.id)
+        response.headers["Idempotent-Replayed"] = "true"
+        if row.gone_at is not None:
+            raise ProblemError("gone", f"job {row.id}, which this key made, has been removed; use a new key")
+    response.headers["Location"] = f"{JOBS}/{row.id}"
+    return job_view(row, service.view.turns())
+
+
+def _options_of(text: bytes) -> JobOptions:
+    try:
+        return JobOptions.model_validate_json(text)
+    except ValidationError as error:
+        raise invalid(error.errors()) from None
+
+
+def invalid(found: Sequence[Mapping[str, Any]]) -> ProblemError:
+    """The problem of values that the schema does not allow."""
+    errors = [
+        {"where": ".".join(str(part) for part in item["loc"]), "message": item["msg"].removeprefix("Value error, ")}
+        for item in found
+    ]
+    detail = "; ".join(f"{item['where']}: {item['message']}" if item["where"] else item["message"] for item in errors)
+    return ProblemError("invalid", detail[:1000], errors=errors[:20])
+
+
+def check_limits(options: MeshOptions, preset: str, settings: Settings) -> None:
+    """Raise ProblemError where the options ask for more than this server gives."""
+    resolution = options.resolution or PRESETS[preset].mesh.resolution
+    if resolution > settings.max_resolution:
+        raise ProblemError(
+            "invalid", f"resolution is {resolution}; this server takes {settings.max_resolution} at most"
+        )
+    if isinstance(options, JobOptions) and PRESETS[preset].fit.steps > settings.max_steps:
+        steps = PRESETS[preset].fit.steps
+        raise ProblemError("invalid", f"preset {preset!r} takes {steps} steps; this server allows {settings.max_steps}")
+
+
+@router.get("/jobs", response_model=JobPage, responses=_answers(), tags=["jobs"])
+def list_jobs(
+    service: TheService,
+    owner: Owner,
+    state: Annotated[JobState | None, Query(description="Only jobs in this state.")] = None,
+    cursor: Annotated[str | None, Query(max_length=40, description="The `next` of the page before.")] = None,
+    limit: Annotated[int, Query(ge=1, le=200)] = 50,
+) -> JobPage:
+    """Your jobs, newest first, a page at a time."""
+    before = None if cursor is None else decode_cursor(cursor)
+    rows = service.store.list_jobs(owner.id, state=state, before=before, limit=limit + 1)
+    turns = service.view.turns()
+    more = len(rows) > limit
+    page = rows[:limit]
+    return JobPage(jobs=[job_view(row, turns) for row in page], next=encode_cursor(page[-1].seq) if more else None)
+
+
+@router.get("/jobs/{job_id}", response_model=Job, responses=_ABOUT_A_JOB, tags=["jobs"])
+def get_job(service: TheService, row: TheJob) -> Job:
+    """A job as it stands."""
+    return job_view(row, service.view.turns())
+
+
+@router.get(
+    "/jobs/{job_id}/events",
+    response_class=EventSourceResponse,
+    responses=_ABOUT_A_JOB,
+    tags=["jobs"],
+)
+async def follow_job(
+    service: TheService,
+    row: TheJob,
+    last_event_id: Annotated[
+        str | None, Header(max_length=20, description="The id of the last event that you saw.")
+    ] = None,
+) -> AsyncIterator[ServerSentEvent]:
+    """The job as server-sent events, from the first or from the one after `Last-Event-ID`, to its end.
+
+    Events are called `state` or `progress`; the data of each is the job as it stood. While it waits, `queue` events
+    without an id tell of its place.
+    """
+    seen = int(last_event_id) if last_event_id and last_event_id.isdecimal() else 0
+    place: tuple[int | None, float | None] | None = None
+    while True:
+        found = await run_in_threadpool(service.store.events_after, row.id, seen)
+        for event in found:
+            seen = event.number
+            job = job_view(row, service.view.turns(), event.body)
+            yield ServerSentEvent(raw_data=job.model_dump_json(), event=event.kind, id=str(seen), retry=1000)
+            if job.state.final:
+                return
+        current = await run_in_threadpool(service.store.job, row.id)
+        if current is None or current.gone_at is not None:
+            return
+        if JobState(current.state).final and current.event <= seen:
+            return
+        if current.state == JobState.QUEUED:
+            job = job_view(current, await run_in_threadpool(service.view.turns))
+            if (job.queue_position, job.eta_s) != place:
+                place = job.queue_position, job.eta_s
+                yield ServerSentEvent(raw_data=job.model_dump_json(), event="queue")
+        await asyncio.sleep(EVENT_SECONDS)
+
+
+@router.post("/jobs/{job_id}/cancel", response_model=Job, responses=_ABOUT_A_RESULT, tags=["jobs"])
+def cancel_job(service: TheService, owner: Owner, row: TheJob) -> Job:
+    """Stop a job, queued or running; stopping it twice is no error."""
+    if not service.store.cancel(row.id, service.settings.retention_seconds) and row.state != JobState.CANCELLED:
+        current = service.store.job(row.id)
+        if current is None or current.state != JobState.CANCELLED:
+            raise ProblemError(
+                "state", f"job {row.id} is {current.state if current else 'removed'}: it has ended already"
+            )
+    return job_view(job_of(service, owner, row.id), service.view.turns())
+
+
+@router.delete("/jobs/{job_id}", status_code=204, responses=_ABOUT_A_JOB, tags=["jobs"])
+def delete_job(service: TheService, row: TheJob) -> None:
+    """Remove a job and all its files, stopping it first if it runs. It answers 410 from then on."""
+    service.store.cancel(row.id, service.settings.retention_seconds)
+    service.store.remove(row.id)
+    service.artifacts.remove(row.id)
+
+
+@router.get("/jobs/{job_id}/mesh", response_class=FileResponse, responses=_FILE, tags=["results"])
+async def get_mesh(
+    request: Request,
+    service: TheService,
+    row: FinishedJob,
+    format: Annotated[MeshFormat, Query()] = "ply",  # noqa: A002 - the name is the interface's
+) -> Response:
+    """The mesh, in the format asked for."""
+    path = service.artifacts.attempt(row.id, row.published) / f"mesh.{format}"
+    if format != "ply" and not path.exists():
+        async with service.converting:
+            if not path.exists():
+                await _convert(path.with_name(MESH), path)
+    return _file(request, row, path, PurePosixPath(row.name).stem + f".{format}", _MEDIA_TYPES[format])
+
+
+async def _convert(source: Path, target: Path) -> None:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "sdfserver.server.convert", str(source), str(target), stderr=asyncio.subprocess.PIPE
+    )
+    try:
+        _, errors = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+    if process.returncode and source.exists():
+        log.error("conversion failed: %s", errors.decode(errors="replace"))
+        raise ProblemError("internal", f"the mesh could not be written as {target.suffix[1:]}; take it as ply")
+
+
+@router.get("/jobs/{job_id}/report", response_class=FileResponse, responses=_FILE, tags=["results"])
+def get_report(request: Request, service: TheService, row: FinishedJob) -> Response:
+    """The quality report: settings, timings, losses, distances from the points to the mesh, and more."""
+    path = service.artifacts.attempt(row.id, row.published) / REPORT
+    return _file(request, row, path, PurePosixPath(row.name).stem + ".json", "application/json")
+
+
+@router.get("/jobs/{job_id}/field", response_class=FileResponse, responses=_FILE, tags=["results"])
+def get_field(request: Request, service: TheService, row: FinishedJob) -> Response:
+    """The signed distance field, as safetensors."""
+    name = PurePosixPath(row.name).stem + ".safetensors"
+    return _file(request, row, _field_path(service, row), name, "application/octet-stream")
+
+
+def _field_path(service: Service, row: Row) -> Path:
+    return service.artifacts.attempt(row.id, row.fitted or 0) / FIELD
+
+
+def _file(request: Request, row: Row, path: Path, name: str, media_type: str) -> Response:
+    """A result as a download. What an attempt published never changes, so its name is its ETag."""
+    etag = f'"{row.id}-{path.parent.name}-{path.name}"'
+    known = [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]
+    headers = {"ETag": etag, "Cache-Control": "private, no-cache"}
+    if etag in known or known == ["*"]:
+        return Response(status_code=304, headers=headers)
+    if not path.exists():
+        raise ProblemError("gone", f"job {row.id} and its files have been removed; upload the cloud again")
+    return FileResponse(path, media_type=media_type, filename=safe_name(name), headers=headers)
+
+
+@router.post(
+    "/jobs/{job_id}/meshes",
+    status_code=202,
+    response_model=Job,
+    responses=_ABOUT_A_RESULT | _answers("queue-full", "disk-full"),
+    tags=["results"],
+)
+def mesh_again(
+    response: Response,
+    service: TheService,
+    owner: Owner,
+    row: FinishedJob,
+    options: MeshJobOptions,
+    idempotency_key: Annotated[IdempotencyKey | None, Header(description="Repeating it repeats no job.")] = None,
+) -> Job:
+    """Queue another mesh of the same field, without fitting again: a job of its own, whose parent this one is."""
+    check_limits(options, row.preset, service.settings)
+    if service.artifacts.free_bytes() < service.settings.min_free_bytes:
+        raise ProblemError("disk-full", "there is not enough room for another mesh; delete finished jobs")
+    asked = json.dumps(options.model_dump(mode="json"), sort_keys=True)
+    new = NewJob(
+        id=new_id(),
+        owner=owner.id,
+        kind=JobKind.MESH,
+        parent_id=row.id,
+        name=row.name,
+        format=row.format,
+        options=options.model_dump(mode="json"),
+        preset=row.preset,
+        resolution=options.resolution or PRESETS[row.preset].mesh.resolution,
+        priority=options.priority,
+        idempotency_key=idempotency_key,
+        request_hash=hashlib.sha256(f"{row.id}\n{asked}".encode()).hexdigest(),
+    )
+    try:
+        with service.artifacts.linking(row.id, row.fitted or 0, new.id):
+            return _create(service, owner, new, response)
+    except FileNotFoundError:
+        raise ProblemError("gone", f"job {row.id} and its files have been removed; upload the cloud again") from None
+
+
+@router.post(
+    "/jobs/{job_id}/sdf",
+    response_model=SdfResponse,
+    responses=_ABOUT_A_RESULT | _answers("too-large"),
+    max_body_size=MAX_JSON_BYTES,
+    tags=["results"],
+)
+def query_field(service: TheService, row: FinishedJob, request: SdfRequest) -> SdfResponse:
+    """The signed distance, negative inside, and if asked for its gradient, at points in the cloud's own units."""
+    try:
+        field = fields.load(_field_path(service, row))
+    except FileNotFoundError:
+        raise ProblemError("gone", f"job {row.id} and its files have been removed; upload the cloud again") from None
+    distances, gradients = field.evaluate(np.array(request.points, dtype=np.float64))
+    if not np.isfinite(distances).all():
+        raise ProblemError("invalid", "points: some are too far away for a distance; keep near the cloud")
+    return SdfResponse(distances=distances.tolist(), gradients=gradients.tolist() if request.gradient else None)
+
+
+@router.get("/options", response_model=OptionsInfo, responses=_answers(), tags=["service"])
+def get_options(service: TheService, _owner: Owner) -> OptionsInfo:
+    """What may be asked for: presets, limits, formats, and the schemas of the options."""
+    settings = service.settings
+    return OptionsInfo(
+        presets={
+            cast(Preset, name): PresetInfo(
+                summary=preset.summary, steps=preset.fit.steps, resolution=preset.mesh.resolution
+            )
+            for name, preset in PRESETS.items()
+            if preset.fit.steps <= settings.max_steps
+        },
+        default_preset="standard",
+        devices=sorted({worker.device for worker in service.store.workers()}),
+        limits=ServerLimits(
+            upload_bytes=settings.max_upload_bytes,
+            points=settings.max_points,
+            resolution=settings.max_resolution,
+            steps=settings.max_steps,
+            queue_length=settings.max_queue,
+            jobs_per_key=settings.max_jobs_per_key,
+            job_seconds=settings.max_job_seconds,
+            query_points=MAX_QUERY_POINTS,
+            retention_seconds=settings.retention_seconds,
+        ),
+        cloud_formats=list(CLOUD_FORMATS),
+        mesh_formats=list(MESH_FORMATS),
+        job_options=JobOptions.model_json_schema(),
+        mesh_options=MeshJobOptions.model_json_schema(),
+    )
+
+
+def problem_response(error: ProblemError, path: str) -> JSONResponse:
+    """The problem as an answer."""
+    body = error.problem.model_dump(exclude_none=True) | {"instance": path}
+    return JSONResponse(body, status_code=error.problem.status, headers=error.headers, media_type=MEDIA_TYPE)

@@ -1,0 +1,253 @@
+"""`sdfserver serve`: the API and its workers as processes of one parent, which starts again what dies.
+
+The parent holds the listening socket: while the API is being started again, connections wait rather than fail. The
+others end with the parent: each watches a pipe that only the parent holds open.
+"""
+
+import ipaddress
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import uvicorn
+
+from sdfserver.errors import ConfigError
+from sdfserver.server.settings import Settings
+from sdfserver.server.store import Store
+from sdfserver.server.worker import prepare_storage
+
+log = logging.getLogger(__name__)
+
+LIFELINE = "SDFSERVER_LIFELINE"
+"""The environment variable with the descriptor of the pipe that ends when the parent does."""
+LOOK_SECONDS = 0.2
+CALM_SECONDS, LONGEST_PAUSE = 10.0, 10.0
+"""A process that lives shorter than this waits before it is started again, longer each time."""
+API_GRACE_SECONDS = 5.0
+
+
+def check_public(settings: Settings, store: Store) -> None:
+    """Raise ConfigError where anybody could use the server from outside and nobody said so."""
+    if settings.allow_public_without_keys or is_loopback(settings.host) or store.list_keys():
+        return
+    raise ConfigError(
+        f"host is {settings.host!r}, and no API keys are in use: anybody could use the server; create one with "
+        "'sdfserver keys create NAME', or set SDFSERVER_ALLOW_PUBLIC_WITHOUT_KEYS=1"
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches the address."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def listen(settings: Settings) -> socket.socket:
+    """A socket that listens where the settings say. Raises ConfigError."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+        listener.listen(2048)
+    except (OSError, UnicodeError) as error:
+        listener.close()
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"cannot listen on {settings.host}:{settings.port}: {reason}; take another --port") from None
+    return listener
+
+
+def url_of(listener: socket.socket) -> str:
+    """Where a client finds the server."""
+    host, port = listener.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - not bound, but replaced
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def run_api(settings: Settings, descriptor: int | None = None) -> None:
+    """Serve HTTP until SIGTERM or SIGINT, on the socket of `descriptor` or one of its own."""
+    from sdfserver.server.app import create_app
+
+    listener = socket.socket(fileno=descriptor) if descriptor is not None else listen(settings)
+    config = uvicorn.Config(
+        create_app(settings),
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=int(API_GRACE_SECONDS) - 2,
+    )
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+def watch_parent() -> None:
+    """End this process, in order, when the supervisor that started it is gone."""
+    descriptor = os.environ.get(LIFELINE)
+    if descriptor is None:
+        return
+
+    def wait() -> None:
+        os.read(int(descriptor), 1)  # blocks until the other end is closed
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+@dataclass
+class _Process:
+    """One that is kept running."""
+
+    name: str
+    start: Callable[[], subprocess.Popen[bytes]]
+    running: subprocess.Popen[bytes] | None = None
+    started_at: float = 0.0
+    start_at: float = 0.0
+    failures: int = 0
+    registered: bool = False
+
+
+class Supervisor:
+    """Keeps an API and workers running until told to stop."""
+
+    def __init__(self, settings: Settings, listener: socket.socket, store: Store) -> None:
+        self._settings, self._listener, self._store = settings, listener, store
+        self._host = socket.gethostname()
+        self._lifeline, self._our_end = os.pipe()
+        os.set_inheritable(self._lifeline, True)
+        self._processes = [_Process(name="api", start=lambda: self._spawn("api", "--fd", str(listener.fileno())))]
+        self._processes += [
+            _Process(name=f"worker {i + 1}", start=lambda: self._spawn("worker")) for i in range(settings.workers)
+        ]
+        self._stopping = threading.Event()
+
+    def stop(self) -> None:
+        """End everything in order."""
+        self._stopping.set()
+
+    def run(self) -> None:
+        """Start everything, start again what dies, and return when told to stop."""
+        for process in self._processes:
+            self._start(process)
+        while not self._stopping.wait(LOOK_SECONDS):
+            try:
+                for process in self._processes:
+                    self._look(process)
+                self._kill_retired()
+            except Exception:
+                log.exception("the supervisor could not look after its processes; it tries again")
+        self._end()
+
+    def _spawn(self, *command: str) -> subprocess.Popen[bytes]:
+        settings = self._settings.model_dump(mode="json", exclude_none=True)
+        environment = {f"SDFSERVER_{name.upper()}": str(value) for name, value in settings.items()}
+        return subprocess.Popen(  # noqa: S603 - ourselves
+            [sys.executable, "-m", "sdfserver", *command],
+            env=os.environ | environment | {LIFELINE: str(self._lifeline)},
+            pass_fds=[self._lifeline, self._listener.fileno()],
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,  # a terminal's Ctrl-C is the supervisor's, who ends them in order
+        )
+
+    def _start(self, process: _Process) -> None:
+        process.running, process.started_at, process.registered = process.start(), time.monotonic(), False
+
+    def _look(self, process: _Process) -> None:
+        now = time.monotonic()
+        if process.running is None:
+            if now >= process.start_at:
+                self._start(process)
+        elif (code := process.running.poll()) is not None:
+            log.warning("%s ended with code %s, and is started again", process.name, code)
+            self._store.retire_process(self._host, process.running.pid)
+            process.failures = 0 if now - process.started_at > CALM_SECONDS else process.failures + 1
+            # The first time at once: a job waits for its worker.
+            pause = 0.0 if process.failures <= 1 else min(LONGEST_PAUSE, 2.0 ** (process.failures - 2))
+            process.running, process.start_at = None, now + pause
+            self._look(process)
+
+    def _kill_retired(self) -> None:
+        """Kill workers of ours that have been taken for dead, as they are if they hang, and are not."""
+        self._store.retire_silent(self._settings.lease_seconds)
+        alive = {row.pid for row in self._store.workers() if row.host == self._host}
+        for process in self._processes:
+            if process.running is None:
+                continue
+            if process.running.pid in alive:
+                process.registered = True
+            elif process.registered:
+                log.warning("%s does not answer, and is killed", process.name)
+                process.running.kill()
+
+    def _end(self) -> None:
+        # The API first: what it accepts now would wait until the next start.
+        api, *workers = [process.running for process in self._processes]
+        for running in (*workers, api):
+            if running is not None:
+                running.terminate()
+        deadline = time.monotonic() + self._settings.drain_seconds + API_GRACE_SECONDS
+        for running in (api, *workers):
+            if running is not None:
+                try:
+                    running.wait(max(0.1, deadline - time.monotonic()))
+                except subprocess.TimeoutExpired:
+                    running.kill()
+                    running.wait()
+                self._store.retire_process(self._host, running.pid)
+
+
+def serve(settings: Settings, on_listening: Callable[[str], None]) -> None:
+    """Run the API and its workers until SIGTERM or SIGINT. Raises ConfigError where that cannot begin."""
+    settings = settings.model_copy(update={"data_dir": settings.data_dir.absolute()})
+    store = open_store(settings)
+    check_public(settings, store)
+    listener = listen(settings)
+    listener.set_inheritable(True)
+    _retire_dead_processes(store)
+    supervisor = Supervisor(settings, listener, store)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: supervisor.stop())
+    on_listening(url_of(listener))
+    supervisor.run()
+
+
+def open_store(settings: Settings) -> Store:
+    """The store, with its tables and folders made. Raises ConfigError where it cannot be had."""
+    from sqlalchemy.exc import SQLAlchemyError
+
+    from sdfserver.server.artifacts import Artifacts
+
+    try:
+        store = Store(settings.database)
+        prepare_storage(settings, store, Artifacts(settings.data_dir))
+    except OSError as error:
+        raise ConfigError(f"data_dir {str(settings.data_dir)!r} cannot be used: {error.strerror}") from None
+    except SQLAlchemyError as error:
+        reason = str(getattr(error, "orig", None) or error).splitlines()[0]
+        raise ConfigError(f"the database cannot be used: {reason}") from None
+    return store
+
+
+def _retire_dead_processes(store: Store) -> None:
+    """Do not wait for the leases of workers of this host whose processes are gone."""
+    host = socket.gethostname()
+    for row in store.workers():
+        if row.host == host and not _lives(row.pid):
+            store.retire(row.id)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

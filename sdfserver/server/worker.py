@@ -1,0 +1,423 @@
+"""A worker: takes jobs one at a time, has each computed in a child process, and publishes what comes out.
+
+The parent stays light. It beats, so that others know it is alive; it enforces the limits; when a job is cancelled it
+asks the child to stop, then terminates it, then kills it. A child that dies costs the job one attempt and the worker
+nothing. A worker that was taken for dead while it was stopped finds that out at its next beat, and ends.
+"""
+
+import logging
+import multiprocessing
+import os
+import secrets
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum, auto
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from sdfserver.schemas import JobKind, JobOptions, MeshJobOptions
+from sdfserver.server import child
+from sdfserver.server.artifacts import Artifacts
+from sdfserver.server.problems import problem
+from sdfserver.server.queue import JobQueue, take_jobs
+from sdfserver.server.settings import Settings
+from sdfserver.server.store import Attempt, Row, Store
+
+if TYPE_CHECKING:
+    from sdfserver.reconstruct import Progress
+
+log = logging.getLogger(__name__)
+
+LOOK_SECONDS = 0.1
+"""How often a running job is looked at: whether it was cancelled, its time, its memory."""
+STORE_SECONDS = 1.0
+"""Progress reaches the store at most this often."""
+ASK_SECONDS, TERMINATE_SECONDS = 0.4, 0.2
+"""How long a child may take to stop by itself, and then to end on SIGTERM. Together well under a second."""
+RECOVER_SECONDS = 0.25
+FIT_SHARE = 0.8
+"""Of a reconstruction's progress: the rest is meshing."""
+MESH_PER_FIT = 0.2
+"""Seconds of meshing for one of fitting, until jobs of the kind have been measured."""
+
+_DIED = problem("died", "every attempt at the job ended with the death of its process; the cloud may be to blame")
+
+
+class End(Enum):
+    """How the child's work on an attempt ended."""
+
+    DONE = auto()
+    FAILED = auto()
+    """The job has failed, and says so."""
+    LOST = auto()
+    """The job is not ours any more: cancelled, removed, or taken by another worker."""
+    DIED = auto()
+    """The child is dead, and the job may be tried again."""
+
+
+@dataclass
+class _Child:
+    process: Any
+    connection: Connection
+    ready: bool = False
+
+
+class Worker:
+    """One worker process. `run` returns when it was told to stop."""
+
+    def __init__(self, settings: Settings, *, threads: int | None = None) -> None:
+        self._settings = settings
+        self._store = Store(settings.database)
+        self._artifacts = Artifacts(settings.data_dir)
+        self._threads = threads or max(1, (os.cpu_count() or 1) // max(1, settings.workers))
+        self._id = f"{socket.gethostname()[:40]}-{secrets.token_hex(6)}"
+        self._child: _Child | None = None
+        self._attempt: Attempt | None = None
+        self._draining = threading.Event()
+        self._idle = threading.Event()
+        self._idle.set()
+        self._typical: dict[tuple[str, str, int, str], float] = {}
+
+    def stop(self) -> None:
+        """Finish the job under way, if that takes no longer than the settings allow, and end."""
+        self._draining.set()
+
+    def run(self) -> None:
+        """Take jobs until told to stop."""
+        # First: the child loads torch while this process connects.
+        self._child = self._spawn()
+        prepare_storage(self._settings, self._store, self._artifacts)
+        queue = JobQueue(self._store)
+        self._store.register_worker(self._id, host=socket.gethostname(), pid=os.getpid(), device=self._settings.device)
+        for target in (self._beat, lambda: self._recover(queue), lambda: self._sweep(queue)):
+            threading.Thread(target=target, daemon=True).start()
+        stop_taking = take_jobs(self._store, self._id, fit=self._fit, mesh=self._mesh)
+        log.info("worker %s takes jobs", self._id)
+        while not self._draining.wait(1.0):
+            pass
+        self._drain(stop_taking)
+
+    def _drain(self, stop_taking: Callable[[float], None]) -> None:
+        """End in order: the job under way is finished, or goes back into the queue."""
+        seconds = self._settings.drain_seconds
+        threading.Thread(target=stop_taking, args=(seconds,), daemon=True).start()
+        self._idle.wait(seconds)
+        if self._attempt is not None and self._store.release(self._attempt):
+            self._artifacts.remove_attempt(self._attempt.job_id, self._attempt.number)
+            log.info("job %s goes back into the queue", self._attempt.job_id)
+        self._kill()
+        self._store.retire(self._id)
+
+    # The steps of a job, in a thread of the queue's
+
+    def _fit(self, job_id: str) -> int | None:
+        """Fit the job's cloud; the number of the attempt whose folder has the field, 0 where it came with the job."""
+        self._idle.clear()
+        fitted = self._fitted(job_id)
+        if fitted is None:
+            self._idle.set()
+        return fitted
+
+    def _fitted(self, job_id: str) -> int | None:
+        row = self._store.job(job_id)
+        if row is None:
+            return None
+        if row.kind == JobKind.MESH:
+            return 0
+        if row.fitted is not None:  # finished before, but cut off before the queue was told
+            return int(row.fitted)
+        options = JobOptions(**row.options)
+
+        def task(attempt: Attempt) -> child.FitTask:
+            return child.FitTask(
+                cloud=self._artifacts.upload(job_id, row.format),
+                name=row.name,
+                folder=self._artifacts.attempt(job_id, attempt.number),
+                options=options,
+                max_points=self._settings.max_points,
+                device=self._settings.device,
+            )
+
+        def done(attempt: Attempt, outcome: child.Outcome) -> bool:
+            return self._store.update(
+                attempt, fitted=attempt.number, seconds={"fit": outcome.seconds}, progress=FIT_SHARE, stage="mesh"
+            )
+
+        attempt = self._work(row, task, done)
+        return None if attempt is None else attempt.number
+
+    def _mesh(self, job_id: str, fitted: int) -> None:
+        """Mesh the field that the attempt `fitted` left, and publish."""
+        self._idle.clear()
+        try:
+            row = self._store.job(job_id)
+            if row is not None:
+                self._meshed(row, fitted)
+        finally:
+            self._idle.set()
+
+    def _meshed(self, row: Row, fitted: int) -> None:
+        job_id = row.id
+        options = JobOptions(**row.options) if row.kind == JobKind.RECONSTRUCTION else MeshJobOptions(**row.options)
+
+        def task(attempt: Attempt) -> child.MeshTask:
+            return child.MeshTask(
+                field_folder=self._artifacts.attempt(job_id, fitted),
+                folder=self._artifacts.attempt(job_id, attempt.number),
+                options=options,
+                preset=row.preset,
+                device=self._settings.device,
+            )
+
+        def done(attempt: Attempt, outcome: child.Outcome) -> bool:
+            return self._store.publish(attempt, {"mesh": outcome.seconds}, self._settings.retention_seconds)
+
+        self._work(row, task, done)
+
+    def _work(
+        self,
+        row: Row,
+        task: Callable[[Attempt], child.FitTask | child.MeshTask],
+        done: Callable[[Attempt, child.Outcome], bool],
+    ) -> Attempt | None:
+        """Attempts at a step until one is done; None when there will be none."""
+        while True:
+            attempt = self._begin(row.id)
+            if attempt is None:
+                return None
+            self._artifacts.attempt(row.id, attempt.number).mkdir(parents=True, exist_ok=True)
+            end, outcome = self._compute(row, attempt, task(attempt))
+            if end is End.DONE and done(attempt, outcome):
+                return attempt
+            if end is End.FAILED:
+                reason = problem(outcome.problem, outcome.detail).model_dump(exclude_none=True)
+                self._store.fail(attempt, reason, self._settings.retention_seconds)
+            self._artifacts.remove_attempt(row.id, attempt.number)
+            self._attempt = None
+            if end is not End.DIED:
+                return None
+
+    def _begin(self, job_id: str) -> Attempt | None:
+        """The attempt that the step before has begun, or a new one."""
+        if self._attempt is not None and self._attempt.job_id == job_id and self._store.holds(self._attempt):
+            return self._attempt
+        self._attempt = self._store.begin_attempt(
+            job_id, self._id, self._settings.max_attempts, _DIED.model_dump(exclude_none=True)
+        )
+        return self._attempt
+
+    def _compute(self, row: Row, attempt: Attempt, task: child.FitTask | child.MeshTask) -> tuple[End, child.Outcome]:
+        """Have the child do a task, and watch over it."""
+        nothing = child.Outcome(how="stopped")
+        running = self._child = self._living_child()
+        eta = _Eta(row, task, self._typical_seconds())
+        limit = min(row.options.get("max_seconds") or float("inf"), self._settings.max_job_seconds)
+        deadline, stored_at, looked_at = time.monotonic() + limit, 0.0, 0.0
+        latest: Progress | None = None
+        try:
+            if running.ready:
+                running.connection.send(task)
+            while True:
+                if running.connection.poll(LOOK_SECONDS):
+                    message = running.connection.recv()
+                    if message == child.READY:
+                        running.ready = True
+                        running.connection.send(task)
+                    elif isinstance(message, child.Outcome):
+                        return (End.DONE if message.how == "done" else End.FAILED), message
+                    else:
+                        latest = message
+                        eta.see(latest)
+                now = time.monotonic()
+                if now - looked_at < LOOK_SECONDS:
+                    continue
+                looked_at = now
+                if not self._store.holds(attempt):
+                    self._stop_child(running)
+                    return End.LOST, nothing
+                if now > deadline:
+                    self._kill()
+                    detail = f"the job ran for more than {limit:g} s; take a quicker preset or a coarser resolution"
+                    return End.FAILED, child.Outcome(how="failed", problem="time", detail=detail)
+                if self._memory(running) > self._settings.max_child_bytes:
+                    self._kill()
+                    room = self._settings.max_child_bytes / 2**30
+                    detail = f"the job's process took more than {room:.1f} GiB; thin the cloud or mesh it coarser"
+                    return End.FAILED, child.Outcome(how="failed", problem="memory", detail=detail)
+                if latest is not None and now - stored_at >= STORE_SECONDS:
+                    self._store.update(attempt, **eta.columns(latest))
+                    latest, stored_at = None, now
+        except (EOFError, ConnectionError, OSError):
+            log.warning("the process of job %s died in attempt %d", row.id, attempt.number)
+            self._kill()
+            return End.DIED, nothing
+
+    def _typical_seconds(self) -> dict[tuple[str, str, int, str], float]:
+        self._typical = self._store.typical_seconds()
+        return self._typical
+
+    # The child
+
+    def _spawn(self) -> _Child:
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=child.main, args=(theirs, self._threads), daemon=True)
+        process.start()
+        theirs.close()
+        return _Child(process=process, connection=ours)
+
+    def _living_child(self) -> _Child:
+        if self._child is None or not self._child.process.is_alive():
+            self._kill()
+            self._child = self._spawn()
+        return self._child
+
+    def _stop_child(self, running: _Child) -> None:
+        """Ask the child to stop, then terminate it, then kill it; it is used again if it stopped by itself."""
+        if not running.ready:
+            return  # it has not been given anything yet
+        running.connection.send(child.STOP)
+        deadline = time.monotonic() + ASK_SECONDS
+        while (left := deadline - time.monotonic()) > 0 and running.connection.poll(left):
+            if isinstance(running.connection.recv(), child.Outcome):
+                return
+        self._kill()
+
+    def _kill(self) -> None:
+        """End the child, whatever it does."""
+        gone, self._child = self._child, None
+        if gone is None:
+            return
+        gone.process.terminate()
+        gone.process.join(TERMINATE_SECONDS)
+        if gone.process.is_alive():
+            gone.process.kill()
+            gone.process.join()
+        gone.connection.close()
+
+    @staticmethod
+    def _memory(running: _Child) -> int:
+        try:
+            return int(psutil.Process(running.process.pid).memory_info().rss)
+        except psutil.Error:
+            return 0
+
+    # What goes on beside the jobs
+
+    def _beat(self) -> None:
+        """Say that this worker is alive; end the process when it has been taken for dead."""
+        while True:
+            try:
+                alive = self._store.beat(self._id)
+            except Exception:
+                log.exception("the database does not answer")
+                alive = True  # the lease runs on by the database's own clock
+            if not alive and not self._draining.is_set():
+                log.warning("worker %s was taken for dead, and ends", self._id)
+                self._abandon()
+            time.sleep(self._settings.beat_seconds)
+
+    def _abandon(self) -> None:
+        """End at once, leaving nothing behind: the job is another's by now."""
+        self._kill()
+        if self._attempt is not None and not self._store.holds(self._attempt):
+            row = self._store.job(self._attempt.job_id)
+            if row is None or self._attempt.number not in (row.fitted, row.published):
+                self._artifacts.remove_attempt(self._attempt.job_id, self._attempt.number)
+        os._exit(1)
+
+    def _recover(self, queue: JobQueue) -> None:
+        """Put the jobs of dead workers back into the queue."""
+        while True:
+            try:
+                self._store.retire_silent(self._settings.lease_seconds)
+                recover(self._store, queue, self._settings.max_attempts)
+            except Exception:
+                log.exception("recovery failed; it is tried again")
+            time.sleep(RECOVER_SECONDS)
+
+    def _sweep(self, queue: JobQueue) -> None:
+        """Remove what has had its time."""
+        while True:
+            try:
+                sweep(self._settings, self._store, queue, self._artifacts)
+            except Exception:
+                log.exception("sweeping failed; it is tried again")
+            time.sleep(self._settings.sweep_seconds)
+
+
+class _Eta:
+    """What the store is told of a job's progress; the ETA is from the speed that this very job has shown."""
+
+    def __init__(
+        self, row: Row, task: child.FitTask | child.MeshTask, typical: dict[tuple[str, str, int, str], float]
+    ) -> None:
+        self._whole = row.kind == JobKind.RECONSTRUCTION
+        self._fits = isinstance(task, child.FitTask)
+        self._mesh_seconds = typical.get((row.kind, row.preset, row.resolution, "mesh"))
+        self._first: tuple[float, int] | None = None
+        self._eta: float | None = None
+
+    def see(self, progress: "Progress") -> None:
+        now = time.monotonic()
+        if progress.step is None or progress.steps is None:
+            self._eta = None if self._fits else progress.eta_s
+        elif self._first is None:
+            self._first = now, progress.step
+        elif progress.step > self._first[1]:
+            per_step = (now - self._first[0]) / (progress.step - self._first[1])
+            mesh = self._mesh_seconds
+            mesh = per_step * progress.steps * MESH_PER_FIT if mesh is None else mesh
+            self._eta = (progress.steps - progress.step) * per_step + mesh
+
+    def columns(self, progress: "Progress") -> dict[str, Any]:
+        fraction = progress.fraction
+        if self._whole:
+            fraction = FIT_SHARE * fraction if self._fits else FIT_SHARE + (1 - FIT_SHARE) * fraction
+        columns: dict[str, Any] = {"stage": progress.stage, "progress": fraction, "eta_s": self._eta}
+        if progress.step is not None:
+            losses = {name: float(value) for name, value in progress.losses.items()}
+            columns |= {"step": progress.step, "steps": progress.steps, "losses": losses}
+        return columns
+
+
+def prepare_storage(settings: Settings, store: Store, artifacts: Artifacts) -> None:
+    """Make folders and tables where they are missing."""
+    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    artifacts.create()
+    store.create_tables()
+    JobQueue.create_tables(settings.database)
+
+
+def recover(store: Store, queue: JobQueue, max_attempts: int) -> None:
+    """Put the jobs of retired workers back into the queue. Several processes may do so at once."""
+    dead = [row.id for row in store.workers(retired=True)]
+    held = queue.held_by(dead)
+    for job_id, worker in held:
+        # In this order: cut off in between, it is found again and done again.
+        queue.resume([job_id])
+        store.lose(job_id, worker, max_attempts, _DIED.model_dump(exclude_none=True))
+    if dead and not held:
+        store.forget_workers(dead)
+
+
+def sweep(settings: Settings, store: Store, queue: JobQueue, artifacts: Artifacts) -> None:
+    """Remove jobs whose time has come, and files that no job wants any more."""
+    _over, forgotten = store.expire(settings.gone_seconds)
+    queue.forget(forgotten)
+    artifacts.sweep(store.kept_folders)
+
+
+def main(settings: Settings) -> None:
+    """Run a worker until SIGTERM or SIGINT."""
+    worker = Worker(settings)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: worker.stop())
+    worker.run()
+    os._exit(0)  # threads of the queue's would hold the process up
