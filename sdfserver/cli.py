@@ -408,6 +408,36 @@ def submit(
         _say(_summary(output, result))
 
 
+@app.command(rich_help_panel="Service")
+def demo(
+    cloud: Annotated[
+        Path | None,
+        typer.Argument(metavar="[CLOUD]", show_default="a bundled knot", help="The cloud to post."),
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="MESH", help="Where the mesh goes.")] = Path(
+        "demo.ply"
+    ),
+    preset: PresetOption = "draft",
+    quiet: QuietOption = False,
+) -> None:
+    """Show the service at work: start a server, post a cloud, follow its job, download the mesh, and stop."""
+    from sdfserver.samples import sample
+    from sdfserver.server.demo import run_demo
+
+    posted = sample("knot") if cloud is None else cloud
+    _check_paths(posted, output, report=None, field=None)
+    with _progress_bar(quiet=quiet) as show:
+        report = run_demo(
+            posted,
+            output,
+            preset,
+            say=lambda message: None if quiet else _say(message),
+            on_progress=None if show is None else partial(_show_job, show),
+        )
+    if not quiet:
+        _say(_summary(output, report))
+
+
 def _cancel(job: "Job") -> None:
     try:
         job.cancel()

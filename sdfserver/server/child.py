@@ -5,6 +5,7 @@ its parent: nobody would hear it.
 """
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -26,6 +27,7 @@ from sdfserver.errors import (
     DivergenceError,
     ExtractionError,
     MissingDependencyError,
+    OutputError,
     SdfServerError,
     Stopped,
 )
@@ -143,21 +145,28 @@ def _run(task: FitTask | MeshTask, reporter: _Reporter) -> Outcome:
     except SdfServerError as error:
         kind = next((kind for kinds, kind in _PROBLEMS.items() if isinstance(error, kinds)), "internal")
         return Outcome(how="failed", problem=kind, detail=_without_paths(str(error), task))
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return Outcome(how="failed", problem="disk-full", detail="the disk filled up while the job ran")
+        traceback.print_exc(file=sys.stderr)
+        return _INTERNAL
     except Exception as error:  # noqa: BLE001 - a job's fault must not end the process, and is told in the log
         if _out_of_memory(error):
             return Outcome(how="failed", problem="memory", detail="the job needed more memory than there is")
         traceback.print_exc(file=sys.stderr)
-        return Outcome(how="failed", problem="internal", detail="the job failed for a reason on the server's side")
+        return _INTERNAL
     finally:
         _free_device_memory()
     return Outcome(how="done", seconds=time.monotonic() - start)
 
 
+_INTERNAL = Outcome(how="failed", problem="internal", detail="the job failed for a reason on the server's side")
 _PROBLEMS: dict[tuple[type[SdfServerError], ...], str] = {
     (CloudError, MissingDependencyError): "cloud",
     (ConfigError, DeviceError): "options",
     (DivergenceError,): "divergence",
     (ExtractionError,): "no-surface",
+    (OutputError,): "disk-full",
 }
 
 

@@ -1,4 +1,4 @@
-"""The commands that run the service: serve, api, worker, keys, demo. Nothing heavy is imported before one is run."""
+"""The commands that run the service: serve, api, worker, keys. Nothing heavy is imported before one is run."""
 
 import logging
 import sys
@@ -51,7 +51,6 @@ def add_commands(app: typer.Typer) -> None:
     """Add the service's commands to the command line."""
     for command in (serve, api, worker):
         app.command(rich_help_panel="Service", cls=_WithSettings)(command)
-    app.command(rich_help_panel="Service")(demo)
     keys = typer.Typer(help="API keys: create, list and revoke them.", no_args_is_help=True)
     keys.command("create")(create_key)
     keys.command("list")(list_keys)
@@ -149,22 +148,6 @@ def revoke_key(
     if not open_store(_settings(data_dir=data_dir)).revoke_key(key_id):
         raise ConfigError(f"there is no key {key_id!r} in use; see sdfserver keys list")
     _say(f"key {key_id} is revoked")
-
-
-def demo(
-    cloud: Annotated[
-        Path | None,
-        typer.Argument(metavar="[CLOUD]", show_default="a knot", help="The cloud to post."),
-    ] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="MESH", help="Where the mesh goes.")] = Path(
-        "demo.ply"
-    ),
-    preset: Annotated[str, typer.Option(metavar="draft|standard|fine", help="How much care to take.")] = "draft",
-) -> None:
-    """Show the whole service at work: start a server, post a cloud, follow its job, download the mesh, and stop."""
-    from sdfserver.server.demo import run_demo
-
-    run_demo(cloud, output, preset, _say)
 
 
 def _settings(**overrides: Any) -> "Settings":

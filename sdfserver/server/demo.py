@@ -26,7 +26,7 @@ def run_demo(
     output: Path,
     preset: "Preset",
     say: Callable[[str], None],
-    show: Callable[["Job"], None] | None,
+    on_progress: Callable[["Job"], None] | None,
 ) -> dict[str, Any]:
     """Start a server in a temporary folder, have it reconstruct a cloud, and stop it; the report."""
     from sdfserver.client import Client
@@ -39,7 +39,7 @@ def run_demo(
         say(f"a server runs on {url}, for as long as this takes")
         job = client.submit(cloud, preset=preset)
         say(f"posted {cloud.name} as job {job.id}")
-        job.wait(on_progress=show)
+        job.wait(on_progress)
         job.download(output)
         report: dict[str, Any] = job.report()
     return report

@@ -347,7 +347,9 @@ class Store:
 
     # A worker's side of a job
 
-    def begin_attempt(self, job_id: str, worker: str, max_attempts: int, died: Mapping[str, Any]) -> Attempt | None:
+    def begin_attempt(
+        self, job_id: str, worker: str, max_attempts: int, died: Mapping[str, Any], expires_in: float
+    ) -> Attempt | None:
         """The right to work on a job, or None when there is nothing to do: it has ended, or this worker is retired.
 
         A job that is found running was left by a process that died. After `max_attempts` such deaths it fails with the
@@ -357,7 +359,7 @@ class Store:
             row = connection.execute(sa.select(jobs).where(jobs.c.id == job_id).with_for_update()).first()
             if row is None or row.state not in _ACTIVE or not self._alive(connection, worker):
                 return None
-            if row.state == JobState.RUNNING and not self._count_death(connection, row, max_attempts, died):
+            if row.state == JobState.RUNNING and not self._may_restart(connection, row, max_attempts, died, expires_in):
                 return None
             attempt = Attempt(job_id=job_id, number=row.attempt + 1, worker=worker)
             connection.execute(
@@ -420,7 +422,9 @@ class Store:
                 self._event(connection, attempt.job_id)
             return changed == 1
 
-    def lose(self, job_id: str, dead_worker: str, max_attempts: int, died: Mapping[str, Any]) -> None:
+    def lose(
+        self, job_id: str, dead_worker: str, max_attempts: int, died: Mapping[str, Any], expires_in: float
+    ) -> None:
         """Put the job of a dead worker back into the queue, or fail it after `max_attempts` deaths."""
         with self.engine.begin() as connection:
             row = connection.execute(
@@ -428,7 +432,7 @@ class Store:
                 .where(jobs.c.id == job_id, jobs.c.worker == dead_worker, jobs.c.state == JobState.RUNNING)
                 .with_for_update()
             ).first()
-            if row is not None and self._count_death(connection, row, max_attempts, died):
+            if row is not None and self._may_restart(connection, row, max_attempts, died, expires_in):
                 connection.execute(
                     sa.update(jobs)
                     .where(jobs.c.id == job_id)
@@ -519,12 +523,14 @@ class Store:
         alive = workers.c.id == worker, workers.c.retired.is_(False)
         return connection.execute(sa.select(workers.c.id).where(*alive)).first() is not None
 
-    def _count_death(self, connection: Connection, row: Row, max_attempts: int, died: Mapping[str, Any]) -> bool:
-        """Whether the job may be started again."""
+    def _may_restart(
+        self, connection: Connection, row: Row, max_attempts: int, died: Mapping[str, Any], expires_in: float
+    ) -> bool:
+        """Count a death of the job's process: whether it may be started again; if not, it has failed."""
         connection.execute(sa.update(jobs).where(jobs.c.seq == row.seq).values(deaths=row.deaths + 1))
         if row.deaths + 1 < max_attempts:
             return True
-        self._finish(connection, jobs.c.seq == row.seq, JobState.FAILED, None, problem=dict(died))
+        self._finish(connection, jobs.c.seq == row.seq, JobState.FAILED, expires_in, problem=dict(died))
         return False
 
     def _finish(
@@ -532,14 +538,15 @@ class Store:
         connection: Connection,
         where: sa.ColumnElement[bool],
         state: JobState,
-        expires_in: float | None,
+        expires_in: float,
         **values: Any,
     ) -> bool:
-        expires = {} if expires_in is None else {"expires_at": self.now + expires_in}
         row = connection.execute(
             sa.update(jobs)
             .where(where, jobs.c.state.in_(_ACTIVE))
-            .values(state=state, finished_at=self.now, eta_s=None, stage=None, **expires, **values)
+            .values(
+                state=state, finished_at=self.now, eta_s=None, stage=None, expires_at=self.now + expires_in, **values
+            )
             .returning(jobs.c.id)
         ).first()
         if row is not None:

@@ -208,7 +208,11 @@ class Worker:
         if self._attempt is not None and self._attempt.job_id == job_id and self._store.holds(self._attempt):
             return self._attempt
         self._attempt = self._store.begin_attempt(
-            job_id, self._id, self._settings.max_attempts, _DIED.model_dump(exclude_none=True)
+            job_id,
+            self._id,
+            self._settings.max_attempts,
+            _DIED.model_dump(exclude_none=True),
+            self._settings.retention_seconds,
         )
         return self._attempt
 
@@ -337,7 +341,7 @@ class Worker:
         while True:
             try:
                 self._store.retire_silent(self._settings.lease_seconds)
-                recover(self._store, queue, self._settings.max_attempts)
+                recover(self._settings, self._store, queue)
             except Exception:
                 log.exception("recovery failed; it is tried again")
             time.sleep(RECOVER_SECONDS)
@@ -395,14 +399,15 @@ def prepare_storage(settings: Settings, store: Store, artifacts: Artifacts) -> N
     JobQueue.create_tables(settings.database)
 
 
-def recover(store: Store, queue: JobQueue, max_attempts: int) -> None:
+def recover(settings: Settings, store: Store, queue: JobQueue) -> None:
     """Put the jobs of retired workers back into the queue. Several processes may do so at once."""
     dead = [row.id for row in store.workers(retired=True)]
     held = queue.held_by(dead)
     for job_id, worker in held:
         # In this order: cut off in between, it is found again and done again.
         queue.resume([job_id])
-        store.lose(job_id, worker, max_attempts, _DIED.model_dump(exclude_none=True))
+        died = _DIED.model_dump(exclude_none=True)
+        store.lose(job_id, worker, settings.max_attempts, died, settings.retention_seconds)
     if dead and not held:
         store.forget_workers(dead)
 
