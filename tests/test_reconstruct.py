@@ -10,7 +10,19 @@ from shapes import sphere, torus
 from sdfserver.cloud import PointCloud
 from sdfserver.config import FitConfig, MeshConfig, NetworkConfig, PoolConfig
 from sdfserver.errors import CloudError, ConfigError, DeviceError, Stopped
-from sdfserver.reconstruct import STAGES, Progress, Reconstruction, choose_device, reconstruct
+from sdfserver.reconstruct import (
+    FIT_STAGES,
+    MESH_STAGES,
+    STAGES,
+    Clock,
+    Progress,
+    Reconstruction,
+    choose_device,
+    fit_field,
+    join_reports,
+    mesh_field,
+    reconstruct,
+)
 
 SMALL = NetworkConfig(hidden=64, layers=3, omega=10.0)
 QUICK = FitConfig(steps=250, learning_rate=2e-3, batch_surface=400, batch_space=400, pool=PoolConfig(size=5000))
@@ -106,3 +118,14 @@ def test_wrong_settings_are_named() -> None:
         choose_device("meta")
     with pytest.raises(CloudError):
         reconstruct(sphere(20))
+
+
+def test_the_two_halves_make_what_the_whole_makes(torus_job: Reconstruction) -> None:
+    seen: list[Progress] = []
+    fitted = fit_field(torus(3000), network=SMALL, fit_config=QUICK, device="cpu", clock=Clock(seen.append, FIT_STAGES))
+    meshed = mesh_field(fitted.field, fitted.cloud, COARSE, clock=Clock(seen.append, MESH_STAGES))
+    assert np.array_equal(meshed.mesh.vertices, torus_job.mesh.vertices)
+    report = join_reports(fitted.report, meshed.report)
+    assert set(report) == set(torus_job.report)
+    assert report["seconds"].keys() == torus_job.report["seconds"].keys()
+    assert [p.stage for p in seen if p.fraction == 0.0] == ["prepare", "mesh"]
