@@ -14,16 +14,17 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, G
 from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sdfserver.schemas import JobState
 from sdfserver.server.artifacts import Artifacts
 from sdfserver.server.problems import ProblemError
 from sdfserver.server.queue import JobQueue
-from sdfserver.server.routes import Service, TheService, invalid, problem_response, router
+from sdfserver.server.routes import MAX_JSON_BYTES, Service, TheService, answers, invalid, problem_response, router
 from sdfserver.server.settings import Settings
 from sdfserver.server.store import Store
-from sdfserver.server.views import QueueView
+from sdfserver.server.views import JOBS, QueueView
 from sdfserver.server.worker import prepare_storage
 
 log = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ def create_app(settings: Settings) -> FastAPI:
         license_info={"name": "MIT", "identifier": "MIT"},
     )
     metrics = _Metrics()
+    app.add_middleware(_Limited)
     app.add_middleware(_Measured, metrics=metrics)
     app.include_router(router)
     _add_service_routes(app, metrics)
@@ -84,7 +86,7 @@ def _add_service_routes(app: FastAPI, metrics: "_Metrics") -> None:
         """Whether the process answers."""
         return "live\n"
 
-    @app.get("/health/ready", response_class=PlainTextResponse, responses={503: {}}, tags=["service"])
+    @app.get("/health/ready", response_class=PlainTextResponse, responses=answers("not-ready"), tags=["service"])
     def ready(service: TheService) -> str:
         """Whether the database answers and a worker is there to take jobs."""
         service.store.check()
@@ -144,6 +146,29 @@ class _Measured:
         await self._app(scope, receive, observed)
 
 
+class _Limited:
+    """Holds bodies to MAX_JSON_BYTES, but for clouds, which have a limit of their own."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] == JOBS:
+            await self._app(scope, receive, send)
+            return
+        declared, received = int(dict(scope["headers"]).get(b"content-length", b"0")), 0
+
+        async def limited() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if max(declared, received) > MAX_JSON_BYTES:
+                raise HTTPException(413, f"the body has more than {MAX_JSON_BYTES:,} bytes; send less at a time")
+            return message
+
+        await self._app(scope, limited, send)
+
+
 def _add_handlers(app: FastAPI) -> None:
     @app.exception_handler(ProblemError)
     async def _problem(request: Request, error: ProblemError) -> Response:
@@ -157,7 +182,12 @@ def _add_handlers(app: FastAPI) -> None:
     async def _http(request: Request, error: HTTPException) -> Response:
         kind = _HTTP_KINDS.get(error.status_code, "malformed")
         detail = f"{request.method} {request.url.path[:200]}: {error.detail}"
-        return problem_response(ProblemError(kind, detail, headers=error.headers), request.url.path)
+        headers = dict(error.headers or {})
+        if error.status_code == 405:  # with the methods of all routes at this path, not of the first alone
+            routes = [route for route in (*app.routes, *router.routes) if isinstance(route, Route)]
+            here = [route.methods or () for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+            headers["Allow"] = ", ".join(sorted(set().union(*here)))
+        return problem_response(ProblemError(kind, detail, headers=headers), request.url.path)
 
     @app.exception_handler(ClientDisconnect)
     async def _gone(request: Request, _error: ClientDisconnect) -> Response:
@@ -171,6 +201,7 @@ def _add_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def _internal(request: Request, _error: Exception) -> Response:
-        return problem_response(
-            ProblemError("internal", "the server made a mistake; its log says which"), request.url.path
-        )
+        # The connection ends with this answer: the error goes on to the server, which logs it and hangs up.
+        detail = "the server made a mistake; its log says which"
+        problem = ProblemError("internal", detail, headers={"Connection": "close"})
+        return problem_response(problem, request.url.path)

@@ -1,9 +1,10 @@
 """Every path of the service: where a job's files are, and what of them is to go.
 
     jobs/<id>/cloud.<format>        as it was uploaded
-    jobs/<id>/<attempt>/            what an attempt wrote: field.safetensors, cloud.npz, fit.json; mesh.ply, report.json
+    jobs/<id>/fit-<attempt>/        what an attempt left of the fit: field.safetensors, cloud.npz, fit.json
+    jobs/<id>/mesh-<attempt>/       and of the meshing: mesh.ply, report.json; the mesh in other formats, when asked for
 
-A job of kind mesh starts from the field of its parent: folder 0 has links to those files. Names from users never become
+A job of kind mesh starts from the field of its parent: fit-0 has links to those files. Names from users never become
 paths: <id> and <attempt> are ours, <format> is one of a list.
 """
 
@@ -11,14 +12,24 @@ import contextlib
 import fcntl
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 FIELD, CLOUD, FIT_REPORT = "field.safetensors", "cloud.npz", "fit.json"
 MESH, REPORT = "mesh.ply", "report.json"
 FIT_FILES = (FIELD, CLOUD, FIT_REPORT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """A job whose files are wanted: whether it has ended, and the attempts that its results are from."""
+
+    ended: bool
+    fitted: int | None
+    published: int | None
 
 
 class Artifacts:
@@ -35,9 +46,13 @@ class Artifacts:
         """The cloud as it was uploaded."""
         return self.jobs / job_id / f"cloud.{extension}"
 
-    def attempt(self, job_id: str, number: int) -> Path:
-        """The folder of an attempt."""
-        return self.jobs / job_id / str(number)
+    def fit(self, job_id: str, attempt: int) -> Path:
+        """The folder of an attempt's fit."""
+        return self.jobs / job_id / f"fit-{attempt}"
+
+    def mesh(self, job_id: str, attempt: int) -> Path:
+        """The folder of an attempt's meshing."""
+        return self.jobs / job_id / f"mesh-{attempt}"
 
     @contextmanager
     def receiving(self, job_id: str, extension: str) -> Iterator[BinaryIO]:
@@ -61,7 +76,7 @@ class Artifacts:
 
         An error removes the folder. Raises FileNotFoundError when the parent's field is gone.
         """
-        source, target = self.attempt(parent_id, fitted), self.attempt(job_id, 0)
+        source, target = self.fit(parent_id, fitted), self.fit(job_id, 0)
         with self.receiving(job_id, "field"):
             target.mkdir()
             for name in FIT_FILES:
@@ -73,18 +88,14 @@ class Artifacts:
         """Remove all files of a job."""
         shutil.rmtree(self.jobs / job_id, ignore_errors=True)
 
-    def remove_attempt(self, job_id: str, number: int) -> None:
-        """Remove the files of one attempt."""
-        shutil.rmtree(self.attempt(job_id, number), ignore_errors=True)
-
     def free_bytes(self) -> int:
         """Room on the disk."""
         return shutil.disk_usage(self.jobs).free
 
-    def sweep(self, kept: Callable[[Sequence[str]], dict[str, tuple[bool, set[int]]]]) -> None:
-        """Remove folders that no job wants any more, and attempts of finished jobs that were not the one.
+    def sweep(self, kept: Callable[[Sequence[str]], Mapping[str, Kept]]) -> None:
+        """Remove folders that no job wants any more, and what other attempts left of jobs that have ended.
 
-        `kept` tells of some job ids which are to be kept, whether each has ended, and its attempts with results.
+        `kept` tells which of some job ids are wanted, and how much of each.
         """
         # Listed before the store is asked: a folder made after that is not looked at.
         ids = [entry.name for entry in os.scandir(self.jobs) if entry.is_dir()]
@@ -93,11 +104,10 @@ class Artifacts:
             if job_id not in wanted:
                 if not self._receiving(job_id):
                     self.remove(job_id)
-                continue
-            ended, attempts = wanted[job_id]
-            if ended:
+            elif wanted[job_id].ended:
+                keep = {self.fit(job_id, wanted[job_id].fitted or 0), self.mesh(job_id, wanted[job_id].published or 0)}
                 for folder in self.jobs.joinpath(job_id).iterdir():
-                    if folder.name.isdecimal() and int(folder.name) not in {0, *attempts}:
+                    if folder.is_dir() and folder not in keep:
                         shutil.rmtree(folder, ignore_errors=True)
 
     def _receiving(self, job_id: str) -> bool:

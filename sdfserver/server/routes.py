@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import json
 import logging
+import re
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,7 +35,6 @@ from sdfserver.schemas import (
     OptionsInfo,
     Preset,
     PresetInfo,
-    Problem,
     SdfRequest,
     SdfResponse,
     ServerLimits,
@@ -55,7 +55,7 @@ from sdfserver.server.store import (
     new_id,
 )
 from sdfserver.server.uploads import MAX_NAME, Upload, receive_form, receive_raw, safe_name, too_large
-from sdfserver.server.views import JOBS, QueueView, decode_cursor, encode_cursor, job_view
+from sdfserver.server.views import JOBS, QueueView, job_view
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +63,7 @@ EVENT_SECONDS = 0.25
 """How often a stream of events looks for more."""
 RETRY_SECONDS = 10
 MAX_JSON_BYTES = 16 * 2**20
+"""Of any body but a cloud."""
 MESH_FORMATS: tuple[MeshFormat, ...] = ("ply", "glb", "obj", "stl", "off")
 _MEDIA_TYPES = {"ply": "application/octet-stream", "glb": "model/gltf-binary", "obj": "model/obj", "stl": "model/stl",
                 "off": "text/plain"}  # fmt: skip
@@ -87,6 +88,7 @@ def service_of(request: Request) -> Service:
 
 
 TheService = Annotated[Service, Depends(service_of)]
+_RANGES = re.compile(r"bytes=(\d{1,18}-\d{0,18}|-\d{1,18})(\s*,\s*(\d{1,18}-\d{0,18}|-\d{1,18}))*", re.ASCII)
 _bearer = HTTPBearer(auto_error=False, description="An API key, where the server asks for one")
 
 
@@ -107,11 +109,12 @@ def owner_of(
 
 
 Owner = Annotated[ApiKey, Depends(owner_of)]
+_ID = re.compile("[0-9a-f]{32}")
 
 
 def job_of(service: TheService, owner: Owner, job_id: str) -> Row:
     """The job of the path, if it is the asker's. Raises ProblemError."""
-    row = service.store.job(job_id, owner.id)
+    row = service.store.job(job_id, owner.id) if _ID.fullmatch(job_id) else None
     if row is None:
         raise ProblemError("not-found", f"there is no job {job_id[:40]!r}")
     if row.gone_at is not None:
@@ -133,24 +136,32 @@ def finished_job_of(row: TheJob) -> Row:
 FinishedJob = Annotated[Row, Depends(finished_job_of)]
 
 
-def _answers(*kinds: str) -> dict[int | str, dict[str, Any]]:
-    """What an endpoint may answer beside success, for the documentation."""
+def answers(*kinds: str) -> dict[int | str, dict[str, Any]]:
+    """Problems that an endpoint may answer, for the documentation."""
     by_status: dict[int | str, dict[str, Any]] = {}
-    for kind in ("unauthorized", "invalid", *kinds):
+    for kind in kinds:
         status, title = KINDS[kind]
-        by_status[status] = {"model": Problem, "description": title, "content": {MEDIA_TYPE: {}}}
+        said = by_status[status]["description"] + "; or: " if status in by_status else ""
+        content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+        by_status[status] = {"description": said + title, "content": content}
     return by_status
 
 
-_ABOUT_A_JOB = _answers("not-found", "gone")
-_ABOUT_A_RESULT = _answers("not-found", "gone", "state")
-_FILE: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}},
-    206: {"description": "The part that Range asked for"},
-    304: {"description": "If-None-Match names what would be sent"},
-    **_ABOUT_A_RESULT,
-    416: {"description": KINDS["range"][1]},
-}
+def _file_of(*media_types: str) -> dict[int | str, dict[str, Any]]:
+    """What an endpoint with a file to download answers."""
+    content = {media_type: {"schema": {"type": "string", "format": "binary"}} for media_type in media_types}
+    return {
+        200: {"description": "The file", "content": content},
+        206: {"description": "The part that Range asked for", "content": content | {"multipart/byteranges": {}}},
+        304: {"description": "If-None-Match names what would be sent"},
+        **_ABOUT_A_RESULT,
+        **answers("range"),
+    }
+
+
+_ANY = answers("unauthorized", "invalid", "not-ready")
+_ABOUT_A_JOB = _ANY | answers("not-found", "gone")
+_ABOUT_A_RESULT = _ABOUT_A_JOB | answers("state")
 
 router = APIRouter(prefix="/v1")
 
@@ -178,10 +189,12 @@ _UPLOAD_BODY = {
                 "schema": {
                     "type": "object",
                     "required": ["cloud"],
+                    "additionalProperties": False,
                     "properties": {
                         "cloud": {
                             "type": "string",
                             "contentMediaType": "application/octet-stream",
+                            "minLength": 1,
                             "description": "The file; its name's ending says the format.",
                         },
                         "options": {
@@ -194,7 +207,10 @@ _UPLOAD_BODY = {
                 },
                 "encoding": {"options": {"contentType": "application/json"}},
             },
-            "application/octet-stream": {"schema": {"type": "string", "format": "binary"}, "example": _EXAMPLE_XYZ},
+            "application/octet-stream": {
+                "schema": {"type": "string", "format": "binary", "minLength": 1},
+                "example": _EXAMPLE_XYZ,
+            },
         },
     }
 }
@@ -204,7 +220,8 @@ _UPLOAD_BODY = {
     "/jobs",
     status_code=202,
     response_model=Job,
-    responses=_answers("malformed", "idempotency", "too-large", "format", "queue-full", "not-ready", "disk-full"),
+    responses=_ANY
+    | answers("malformed", "gone", "idempotency", "too-large", "format", "queue-full", "quota", "disk-full"),
     openapi_extra=_UPLOAD_BODY,
     tags=["jobs"],
 )
@@ -222,7 +239,6 @@ async def submit_job(
     if declared > settings.max_upload_bytes + 2**20:
         raise too_large(settings.max_upload_bytes)
     job_id, options = new_id(), query.options()
-    check_limits(options, options.preset, settings)
     content_type = request.headers.get("content-type", "")
     with Upload(
         service.artifacts, job_id, max_bytes=settings.max_upload_bytes, min_free=settings.min_free_bytes
@@ -232,8 +248,9 @@ async def submit_job(
             await receive_form(upload, request.stream(), content_type=content_type)
             if upload.options is not None:
                 options = _options_of(upload.options)
-                check_limits(options, options.preset, settings)
+            check_limits(options, options.preset, settings)
         else:
+            check_limits(options, options.preset, settings)
             await receive_raw(
                 upload, request.stream(), name=query.name or f"cloud.{query.format or ''}", extension=query.format
             )
@@ -282,7 +299,7 @@ def _create(service: Service, owner: ApiKey, new: NewJob, response: Response) ->
         if row.gone_at is not None:
             raise ProblemError("gone", f"job {row.id}, which this key made, has been removed; use a new key")
     response.headers["Location"] = f"{JOBS}/{row.id}"
-    return job_view(row, service.view.turns())
+    return job_view(row, service.view.turns(row))
 
 
 def _options_of(text: bytes) -> JobOptions:
@@ -293,13 +310,29 @@ def _options_of(text: bytes) -> JobOptions:
 
 
 def invalid(found: Sequence[Mapping[str, Any]]) -> ProblemError:
-    """The problem of values that the schema does not allow."""
-    errors = [
-        {"where": ".".join(str(part) for part in item["loc"]), "message": item["msg"].removeprefix("Value error, ")}
-        for item in found
-    ]
-    detail = "; ".join(f"{item['where']}: {item['message']}" if item["where"] else item["message"] for item in errors)
-    return ProblemError("invalid", detail[:1000], errors=errors[:20])
+    """The problem of values that the schema does not allow, or of text that is no JSON."""
+    errors = [{"where": ".".join(str(part) for part in item["loc"]), "message": _message(item)} for item in found]
+    detail = "; ".join(
+        f"{item['where']}{_quoted(error)}: {item['message']}" if item["where"] else item["message"]
+        for item, error in zip(errors, found, strict=True)
+    )
+    kind = "malformed" if any(item["type"] == "json_invalid" for item in found) else "invalid"
+    return ProblemError(kind, detail[:1000], errors=errors[:20])
+
+
+def _message(error: Mapping[str, Any]) -> str:
+    message: str = error["msg"].removeprefix("Value error, ")
+    reason = error.get("ctx", {}).get("error")
+    return f"{message}: {reason}" if error["type"] == "json_invalid" and reason not in message else message
+
+
+def _quoted(error: Mapping[str, Any]) -> str:
+    """The value at fault, where that is one."""
+    value = error["input"]
+    if error["type"] in ("missing", "json_invalid") or isinstance(value, (dict, list, bytes)):
+        return ""
+    text = repr(value)
+    return f" is {text if len(text) <= 60 else text[:57] + '...'}"
 
 
 def check_limits(options: MeshOptions, preset: str, settings: Settings) -> None:
@@ -314,27 +347,27 @@ def check_limits(options: MeshOptions, preset: str, settings: Settings) -> None:
         raise ProblemError("invalid", f"preset {preset!r} takes {steps} steps; this server allows {settings.max_steps}")
 
 
-@router.get("/jobs", response_model=JobPage, responses=_answers(), tags=["jobs"])
+@router.get("/jobs", response_model=JobPage, responses=_ANY, tags=["jobs"])
 def list_jobs(
     service: TheService,
     owner: Owner,
     state: Annotated[JobState | None, Query(description="Only jobs in this state.")] = None,
-    cursor: Annotated[str | None, Query(max_length=40, description="The `next` of the page before.")] = None,
+    cursor: Annotated[str | None, Query(pattern="^[0-9]{1,18}$", description="The `next` of the page before.")] = None,
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
 ) -> JobPage:
     """Your jobs, newest first, a page at a time."""
-    before = None if cursor is None else decode_cursor(cursor)
+    before = None if cursor is None else int(cursor)
     rows = service.store.list_jobs(owner.id, state=state, before=before, limit=limit + 1)
-    turns = service.view.turns()
     more = len(rows) > limit
     page = rows[:limit]
-    return JobPage(jobs=[job_view(row, turns) for row in page], next=encode_cursor(page[-1].seq) if more else None)
+    turns = service.view.turns(*page)
+    return JobPage(jobs=[job_view(row, turns) for row in page], next=str(page[-1].seq) if more else None)
 
 
 @router.get("/jobs/{job_id}", response_model=Job, responses=_ABOUT_A_JOB, tags=["jobs"])
 def get_job(service: TheService, row: TheJob) -> Job:
     """A job as it stands."""
-    return job_view(row, service.view.turns())
+    return job_view(row, service.view.turns(row))
 
 
 @router.get(
@@ -358,20 +391,22 @@ async def follow_job(
     seen = int(last_event_id) if last_event_id and last_event_id.isdecimal() else 0
     place: tuple[int | None, float | None] | None = None
     while True:
-        found = await run_in_threadpool(service.store.events_after, row.id, seen)
-        for event in found:
-            seen = event.number
-            job = job_view(row, service.view.turns(), event.body)
-            yield ServerSentEvent(raw_data=job.model_dump_json(), event=event.kind, id=str(seen), retry=1000)
-            if job.state.final:
-                return
         current = await run_in_threadpool(service.store.job, row.id)
         if current is None or current.gone_at is not None:
             return
-        if JobState(current.state).final and current.event <= seen:
+        turns = await run_in_threadpool(service.view.turns, current)
+        if current.event > seen:
+            for event in await run_in_threadpool(service.store.events_after, row.id, seen):
+                seen = event.number
+                job = job_view(row, turns, event.body)
+                yield ServerSentEvent(raw_data=job.model_dump_json(), event=event.kind, id=str(seen), retry=1000)
+                if job.state.final:
+                    return
+            continue
+        if JobState(current.state).final:
             return
         if current.state == JobState.QUEUED:
-            job = job_view(current, await run_in_threadpool(service.view.turns))
+            job = job_view(current, turns)
             if (job.queue_position, job.eta_s) != place:
                 place = job.queue_position, job.eta_s
                 yield ServerSentEvent(raw_data=job.model_dump_json(), event="queue")
@@ -398,7 +433,9 @@ def delete_job(service: TheService, row: TheJob) -> None:
     service.artifacts.remove(row.id)
 
 
-@router.get("/jobs/{job_id}/mesh", response_class=FileResponse, responses=_FILE, tags=["results"])
+@router.get(
+    "/jobs/{job_id}/mesh", response_class=FileResponse, responses=_file_of(*_MEDIA_TYPES.values()), tags=["results"]
+)
 async def get_mesh(
     request: Request,
     service: TheService,
@@ -406,7 +443,7 @@ async def get_mesh(
     format: Annotated[MeshFormat, Query()] = "ply",  # noqa: A002 - the name is the interface's
 ) -> Response:
     """The mesh, in the format asked for."""
-    path = service.artifacts.attempt(row.id, row.published) / f"mesh.{format}"
+    path = service.artifacts.mesh(row.id, row.published) / f"mesh.{format}"
     if format != "ply" and not path.exists():
         async with service.converting:
             if not path.exists():
@@ -424,18 +461,26 @@ async def _convert(source: Path, target: Path) -> None:
         if process.returncode is None:
             process.kill()
     if process.returncode and source.exists():
-        log.error("conversion failed: %s", errors.decode(errors="replace"))
+        reason = errors.decode(errors="replace").strip().rpartition("\n")[2].replace(f"{source.parent}/", "")
+        log.error("a mesh could not be converted to %s: %s", target.suffix[1:], reason)
         raise ProblemError("internal", f"the mesh could not be written as {target.suffix[1:]}; take it as ply")
 
 
-@router.get("/jobs/{job_id}/report", response_class=FileResponse, responses=_FILE, tags=["results"])
+@router.get(
+    "/jobs/{job_id}/report", response_class=FileResponse, responses=_file_of("application/json"), tags=["results"]
+)
 def get_report(request: Request, service: TheService, row: FinishedJob) -> Response:
     """The quality report: settings, timings, losses, distances from the points to the mesh, and more."""
-    path = service.artifacts.attempt(row.id, row.published) / REPORT
+    path = service.artifacts.mesh(row.id, row.published) / REPORT
     return _file(request, row, path, PurePosixPath(row.name).stem + ".json", "application/json")
 
 
-@router.get("/jobs/{job_id}/field", response_class=FileResponse, responses=_FILE, tags=["results"])
+@router.get(
+    "/jobs/{job_id}/field",
+    response_class=FileResponse,
+    responses=_file_of("application/octet-stream"),
+    tags=["results"],
+)
 def get_field(request: Request, service: TheService, row: FinishedJob) -> Response:
     """The signed distance field, as safetensors."""
     name = PurePosixPath(row.name).stem + ".safetensors"
@@ -443,7 +488,7 @@ def get_field(request: Request, service: TheService, row: FinishedJob) -> Respon
 
 
 def _field_path(service: Service, row: Row) -> Path:
-    return service.artifacts.attempt(row.id, row.fitted or 0) / FIELD
+    return service.artifacts.fit(row.id, row.fitted or 0) / FIELD
 
 
 def _file(request: Request, row: Row, path: Path, name: str, media_type: str) -> Response:
@@ -455,14 +500,35 @@ def _file(request: Request, row: Row, path: Path, name: str, media_type: str) ->
         return Response(status_code=304, headers=headers)
     if not path.exists():
         raise ProblemError("gone", f"job {row.id} and its files have been removed; upload the cloud again")
+    _check_range(request, path.stat().st_size, etag)
     return FileResponse(path, media_type=media_type, filename=safe_name(name), headers=headers)
+
+
+def _check_range(request: Request, size: int, etag: str) -> None:
+    """Drop a Range that is none, or is for another version, as RFC 9110 has it (13.1.5, 14.2).
+
+    Raises ProblemError where it is not in the file.
+    """
+    asked = request.headers.get("range", "bytes=0-")
+    proper = _RANGES.fullmatch(asked)
+    parts = [part.strip().partition("-") for part in asked.removeprefix("bytes=").split(",")] if proper else []
+    backwards = any(first and last and int(first) > int(last) for first, _, last in parts)
+    if not proper or backwards or request.headers.get("if-range", etag) != etag:
+        request.scope["headers"] = [header for header in request.scope["headers"] if header[0] != b"range"]
+    elif any(int(first) >= size if first else int(last) == 0 for first, _, last in parts):
+        raise ProblemError(
+            "range",
+            f"the range is {asked[:60]!r}, and the file has {size} bytes; ask for some of those",
+            headers={"Content-Range": f"bytes */{size}"},
+        )
 
 
 @router.post(
     "/jobs/{job_id}/meshes",
     status_code=202,
     response_model=Job,
-    responses=_ABOUT_A_RESULT | _answers("queue-full", "disk-full"),
+    responses=_ABOUT_A_RESULT
+    | answers("malformed", "state", "idempotency", "too-large", "queue-full", "quota", "disk-full"),
     tags=["results"],
 )
 def mesh_again(
@@ -476,7 +542,11 @@ def mesh_again(
     """Queue another mesh of the same field, without fitting again: a job of its own, whose parent this one is."""
     check_limits(options, row.preset, service.settings)
     if service.artifacts.free_bytes() < service.settings.min_free_bytes:
-        raise ProblemError("disk-full", "there is not enough room for another mesh; delete finished jobs")
+        raise ProblemError(
+            "disk-full",
+            "there is not enough room for another mesh; delete finished jobs or try again later",
+            headers={"Retry-After": "60"},
+        )
     asked = json.dumps(options.model_dump(mode="json"), sort_keys=True)
     new = NewJob(
         id=new_id(),
@@ -502,8 +572,7 @@ def mesh_again(
 @router.post(
     "/jobs/{job_id}/sdf",
     response_model=SdfResponse,
-    responses=_ABOUT_A_RESULT | _answers("too-large"),
-    max_body_size=MAX_JSON_BYTES,
+    responses=_ABOUT_A_RESULT | answers("malformed", "too-large"),
     tags=["results"],
 )
 def query_field(service: TheService, row: FinishedJob, request: SdfRequest) -> SdfResponse:
@@ -518,7 +587,7 @@ def query_field(service: TheService, row: FinishedJob, request: SdfRequest) -> S
     return SdfResponse(distances=distances.tolist(), gradients=gradients.tolist() if request.gradient else None)
 
 
-@router.get("/options", response_model=OptionsInfo, responses=_answers(), tags=["service"])
+@router.get("/options", response_model=OptionsInfo, responses=_ANY, tags=["service"])
 def get_options(service: TheService, _owner: Owner) -> OptionsInfo:
     """What may be asked for: presets, limits, formats, and the schemas of the options."""
     settings = service.settings

@@ -17,6 +17,7 @@ from sqlalchemy import JSON, BigInteger, Boolean, Column, Float, Integer, MetaDa
 from sqlalchemy.engine import Connection, Engine
 
 from sdfserver.schemas import JobKind, JobState
+from sdfserver.server.artifacts import Kept
 
 TYPICAL_OF = 10
 """A typical duration is the mean over this many of the last jobs of a kind."""
@@ -329,18 +330,17 @@ class Store:
             )
         return list(over), list(old)
 
-    def kept_folders(self, ids: Sequence[str]) -> dict[str, tuple[bool, set[int]]]:
-        """Of those of `ids` whose files are to be kept: whether the job has ended, and the attempts with results."""
+    def kept(self, ids: Sequence[str]) -> dict[str, Kept]:
+        """Those of the jobs `ids` whose files are wanted, and how much of each."""
         query = sa.select(jobs.c.id, jobs.c.state, jobs.c.fitted, jobs.c.published).where(
             jobs.c.id.in_(ids), jobs.c.gone_at.is_(None)
         )
         with self._read() as connection:
             return {
-                row.id: (
-                    JobState(row.state).final,
-                    {n for n in (row.fitted, row.published) if n is not None}
-                    if row.state == JobState.SUCCEEDED
-                    else set(),
+                row.id: Kept(
+                    ended=JobState(row.state).final,
+                    fitted=row.fitted if row.state == JobState.SUCCEEDED else None,
+                    published=row.published,
                 )
                 for row in connection.execute(query)
             }

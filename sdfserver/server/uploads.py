@@ -2,10 +2,9 @@
 
 import errno
 import hashlib
-import os
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from python_multipart.exceptions import FormParserError
@@ -13,7 +12,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.concurrency import run_in_threadpool
 
 from sdfserver.io import CLOUD_FORMATS
-from sdfserver.server.artifacts import Artifacts
+from sdfserver.server.artifacts import Artifacts, sync
 from sdfserver.server.problems import ProblemError
 
 MAX_OPTIONS_BYTES = 64 * 1024
@@ -99,7 +98,7 @@ class Upload:
         if not self._bytes:
             raise ProblemError("malformed", f"{self.name} is empty; send the file's bytes")
         self._stream.flush()
-        os.fsync(self._stream.fileno())
+        sync(Path(self._stream.name).parent)
 
 
 def too_large(limit: int) -> ProblemError:

@@ -1,7 +1,5 @@
 """Rows of the store as the answers of the interface."""
 
-import base64
-import binascii
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,7 +8,6 @@ from threading import Lock
 from typing import Any
 
 from sdfserver.schemas import Job, JobKind, JobState, Links, Problem
-from sdfserver.server.problems import ProblemError
 from sdfserver.server.store import EVENT_COLUMNS, Row, Store
 
 JOBS = "/v1/jobs"
@@ -33,10 +30,11 @@ class QueueView:
         self._seen_at = float("-inf")
         self._turns = _Turns()
 
-    def turns(self) -> _Turns:
-        """The queue as it was a moment ago."""
+    def turns(self, *jobs: Row) -> _Turns:
+        """The queue as it was a moment ago; as it is, where one of `jobs` waits that had not come by then."""
         with self._lock:
-            if time.monotonic() - self._seen_at > QUEUE_SECONDS:
+            unseen = any(job.state == JobState.QUEUED and job.id not in self._turns.positions for job in jobs)
+            if unseen or time.monotonic() - self._seen_at > QUEUE_SECONDS:
                 self._turns = self._look()
                 self._seen_at = time.monotonic()
             return self._turns
@@ -48,8 +46,8 @@ class QueueView:
         if not queue:
             return _Turns()
         typical = self._store.typical_seconds()
-        free_at = [0.0] * max(1, len(self._store.workers()))
-        known = True
+        workers = len(self._store.workers())
+        free_at, known = [0.0] * max(1, workers), workers > 0
         for row in queue:
             first = min(range(len(free_at)), key=free_at.__getitem__)
             if row.state == JobState.RUNNING:
@@ -69,11 +67,11 @@ class QueueView:
 
 
 def job_view(row: Row, turns: _Turns, event: Mapping[str, Any] | None = None) -> Job:
-    """A job as it stands, or as it stood at one of its events."""
+    """A job as it stands, or as it stood at one of its events: whose turn it was then is not known."""
     now = {name: row._mapping[name] for name in EVENT_COLUMNS} | dict(event or {})
     state, path = JobState(now["state"]), f"{JOBS}/{row.id}"
     done = state is JobState.SUCCEEDED
-    queued = state is JobState.QUEUED
+    queued = state is JobState.QUEUED and event is None
     return Job(
         id=row.id,
         kind=JobKind(row.kind),
@@ -107,22 +105,6 @@ def job_view(row: Row, turns: _Turns, event: Mapping[str, Any] | None = None) ->
             parent=f"{JOBS}/{row.parent_id}" if row.parent_id else None,
         ),
     )
-
-
-def encode_cursor(seq: int) -> str:
-    """The place after a job, for the next page."""
-    return base64.urlsafe_b64encode(str(seq).encode()).decode().rstrip("=")
-
-
-def decode_cursor(cursor: str) -> int:
-    """The inverse. Raises ProblemError."""
-    try:
-        text = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode("ascii")
-        if text.isdecimal() and len(text) < 19:
-            return int(text)
-    except (binascii.Error, ValueError):
-        pass
-    raise ProblemError("invalid", f"cursor is {cursor[:40]!r}; use the one that the page before gave as next")
 
 
 def _time(seconds: float) -> datetime:

@@ -9,6 +9,7 @@ import logging
 import multiprocessing
 import os
 import secrets
+import shutil
 import signal
 import socket
 import threading
@@ -17,11 +18,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import psutil
+from sqlalchemy.exc import DBAPIError
 
-from sdfserver.schemas import JobKind, JobOptions, MeshJobOptions
+from sdfserver.schemas import JobKind, JobOptions, MeshJobOptions, Problem
 from sdfserver.server import child
 from sdfserver.server.artifacts import Artifacts
 from sdfserver.server.problems import problem
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from sdfserver.reconstruct import Progress
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 LOOK_SECONDS = 0.1
 """How often a running job is looked at: whether it was cancelled, its time, its memory."""
@@ -75,14 +78,15 @@ class Worker:
         self._settings = settings
         self._store = Store(settings.database)
         self._artifacts = Artifacts(settings.data_dir)
-        self._threads = threads or max(1, (os.cpu_count() or 1) // max(1, settings.workers))
+        self._threads = threads or max(1, _processors() // max(1, settings.workers))
         self._id = f"{socket.gethostname()[:40]}-{secrets.token_hex(6)}"
         self._child: _Child | None = None
         self._attempt: Attempt | None = None
         self._draining = threading.Event()
+        self._leaving = threading.Event()
+        self._beginning = threading.Lock()
         self._idle = threading.Event()
         self._idle.set()
-        self._typical: dict[tuple[str, str, int, str], float] = {}
 
     def stop(self) -> None:
         """Finish the job under way, if that takes no longer than the settings allow, and end."""
@@ -108,9 +112,11 @@ class Worker:
         seconds = self._settings.drain_seconds
         threading.Thread(target=stop_taking, args=(seconds,), daemon=True).start()
         self._idle.wait(seconds)
-        if self._attempt is not None and self._store.release(self._attempt):
-            self._artifacts.remove_attempt(self._attempt.job_id, self._attempt.number)
-            log.info("job %s goes back into the queue", self._attempt.job_id)
+        with self._beginning:  # after this no attempt begins
+            self._leaving.set()
+            attempt = self._attempt
+        if attempt is not None and self._store.release(attempt):
+            log.info("job %s goes back into the queue", attempt.job_id)
         self._kill()
         self._store.retire(self._id)
 
@@ -119,15 +125,56 @@ class Worker:
     def _fit(self, job_id: str) -> int | None:
         """Fit the job's cloud; the number of the attempt whose folder has the field, 0 where it came with the job."""
         self._idle.clear()
-        fitted = self._fitted(job_id)
+        fitted = self._steadily(job_id, self._fitted)
         if fitted is None:
             self._idle.set()
         return fitted
 
-    def _fitted(self, job_id: str) -> int | None:
-        row = self._store.job(job_id)
-        if row is None:
-            return None
+    def _mesh(self, job_id: str, fitted: int) -> None:
+        """Mesh the field that the attempt `fitted` left, and publish."""
+        self._idle.clear()
+        try:
+            self._steadily(job_id, lambda row: self._meshed(row, fitted))
+        finally:
+            self._idle.set()
+
+    def _steadily(self, job_id: str, step: Callable[[Row], T | None]) -> T | None:
+        """What `step` makes of the job, whatever happens to the database or goes wrong in this process.
+
+        A step that raised would be taken for finished by the queue, and the job would never end.
+        """
+        while True:
+            try:
+                row = self._store.job(job_id)
+                return None if row is None else step(row)
+            except DBAPIError:
+                log.exception("the database does not answer; job %s begins again when it does", job_id)
+                self._kill()
+                self._give_back()
+            except Exception:
+                log.exception("job %s failed in the worker", job_id)
+                self._kill()
+                if self._attempt is not None:
+                    self._fail(self._attempt, problem("internal", "the job failed for a reason on the server's side"))
+                return None
+
+    def _give_back(self) -> None:
+        """Put the job back as soon as the database answers: what happened is no fault of the job's."""
+        while True:
+            time.sleep(self._settings.beat_seconds)
+            try:
+                if self._attempt is not None:
+                    self._store.release(self._attempt)
+                self._attempt = None
+                return
+            except DBAPIError:
+                continue
+
+    def _fail(self, attempt: Attempt, why: Problem) -> None:
+        self._store.fail(attempt, why.model_dump(exclude_none=True), self._settings.retention_seconds)
+
+    def _fitted(self, row: Row) -> int | None:
+        job_id = row.id
         if row.kind == JobKind.MESH:
             return 0
         if row.fitted is not None:  # finished before, but cut off before the queue was told
@@ -138,7 +185,7 @@ class Worker:
             return child.FitTask(
                 cloud=self._artifacts.upload(job_id, row.format),
                 name=row.name,
-                folder=self._artifacts.attempt(job_id, attempt.number),
+                folder=self._artifacts.fit(job_id, attempt.number),
                 options=options,
                 max_points=self._settings.max_points,
                 device=self._settings.device,
@@ -152,24 +199,14 @@ class Worker:
         attempt = self._work(row, task, done)
         return None if attempt is None else attempt.number
 
-    def _mesh(self, job_id: str, fitted: int) -> None:
-        """Mesh the field that the attempt `fitted` left, and publish."""
-        self._idle.clear()
-        try:
-            row = self._store.job(job_id)
-            if row is not None:
-                self._meshed(row, fitted)
-        finally:
-            self._idle.set()
-
     def _meshed(self, row: Row, fitted: int) -> None:
         job_id = row.id
         options = JobOptions(**row.options) if row.kind == JobKind.RECONSTRUCTION else MeshJobOptions(**row.options)
 
         def task(attempt: Attempt) -> child.MeshTask:
             return child.MeshTask(
-                field_folder=self._artifacts.attempt(job_id, fitted),
-                folder=self._artifacts.attempt(job_id, attempt.number),
+                field_folder=self._artifacts.fit(job_id, fitted),
+                folder=self._artifacts.mesh(job_id, attempt.number),
                 options=options,
                 preset=row.preset,
                 device=self._settings.device,
@@ -191,36 +228,43 @@ class Worker:
             attempt = self._begin(row.id)
             if attempt is None:
                 return None
-            self._artifacts.attempt(row.id, attempt.number).mkdir(parents=True, exist_ok=True)
-            end, outcome = self._compute(row, attempt, task(attempt))
+            asked = task(attempt)
+            asked.folder.mkdir(parents=True, exist_ok=True)
+            end, outcome = self._compute(row, attempt, asked)
             if end is End.DONE and done(attempt, outcome):
                 return attempt
             if end is End.FAILED:
-                reason = problem(outcome.problem, outcome.detail).model_dump(exclude_none=True)
-                self._store.fail(attempt, reason, self._settings.retention_seconds)
-            self._artifacts.remove_attempt(row.id, attempt.number)
+                self._fail(attempt, problem(outcome.problem, outcome.detail))
+            self._stay_if_leaving()
+            shutil.rmtree(asked.folder, ignore_errors=True)
             self._attempt = None
             if end is not End.DIED:
                 return None
 
     def _begin(self, job_id: str) -> Attempt | None:
         """The attempt that the step before has begun, or a new one."""
-        if self._attempt is not None and self._attempt.job_id == job_id and self._store.holds(self._attempt):
+        with self._beginning:
+            self._stay_if_leaving()
+            if self._attempt is None or self._attempt.job_id != job_id or not self._store.holds(self._attempt):
+                self._attempt = self._store.begin_attempt(
+                    job_id,
+                    self._id,
+                    self._settings.max_attempts,
+                    _DIED.model_dump(exclude_none=True),
+                    self._settings.retention_seconds,
+                )
             return self._attempt
-        self._attempt = self._store.begin_attempt(
-            job_id,
-            self._id,
-            self._settings.max_attempts,
-            _DIED.model_dump(exclude_none=True),
-            self._settings.retention_seconds,
-        )
-        return self._attempt
+
+    def _stay_if_leaving(self) -> None:
+        """Never return once the job is back in the queue: the queue would take the step for finished."""
+        if self._leaving.is_set():
+            threading.Event().wait()  # the process ends in a moment
 
     def _compute(self, row: Row, attempt: Attempt, task: child.FitTask | child.MeshTask) -> tuple[End, child.Outcome]:
         """Have the child do a task, and watch over it."""
         nothing = child.Outcome(how="stopped")
         running = self._child = self._living_child()
-        eta = _Eta(row, task, self._typical_seconds())
+        eta = _Eta(row, task, self._store.typical_seconds())
         limit = min(row.options.get("max_seconds") or float("inf"), self._settings.max_job_seconds)
         deadline, stored_at, looked_at = time.monotonic() + limit, 0.0, 0.0
         latest: Progress | None = None
@@ -261,10 +305,6 @@ class Worker:
             log.warning("the process of job %s died in attempt %d", row.id, attempt.number)
             self._kill()
             return End.DIED, nothing
-
-    def _typical_seconds(self) -> dict[tuple[str, str, int, str], float]:
-        self._typical = self._store.typical_seconds()
-        return self._typical
 
     # The child
 
@@ -328,12 +368,8 @@ class Worker:
             time.sleep(self._settings.beat_seconds)
 
     def _abandon(self) -> None:
-        """End at once, leaving nothing behind: the job is another's by now."""
+        """End at once: the job is another's by now, and what is left here of it will be swept."""
         self._kill()
-        if self._attempt is not None and not self._store.holds(self._attempt):
-            row = self._store.job(self._attempt.job_id)
-            if row is None or self._attempt.number not in (row.fitted, row.published):
-                self._artifacts.remove_attempt(self._attempt.job_id, self._attempt.number)
         os._exit(1)
 
     def _recover(self, queue: JobQueue) -> None:
@@ -391,6 +427,11 @@ class _Eta:
         return columns
 
 
+def _processors() -> int:
+    """How many this process may use: in a container that may be fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def prepare_storage(settings: Settings, store: Store, artifacts: Artifacts) -> None:
     """Make folders and tables where they are missing."""
     settings.data_dir.mkdir(parents=True, exist_ok=True)
@@ -416,7 +457,7 @@ def sweep(settings: Settings, store: Store, queue: JobQueue, artifacts: Artifact
     """Remove jobs whose time has come, and files that no job wants any more."""
     _over, forgotten = store.expire(settings.gone_seconds)
     queue.forget(forgotten)
-    artifacts.sweep(store.kept_folders)
+    artifacts.sweep(store.kept)
 
 
 def main(settings: Settings) -> None:

@@ -1,0 +1,297 @@
+"""A whole service as processes of this machine, to be hit: started, found, killed, and looked over afterwards."""
+
+import os
+import secrets
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import psutil
+import psycopg
+
+from sdfserver.client import Client
+from sdfserver.io import read_cloud, read_mesh
+from sdfserver.metrics import cloud_to_mesh, mesh_health
+from sdfserver.schemas import JobState
+from sdfserver.server.artifacts import FIT_FILES, MESH, REPORT, Artifacts
+from sdfserver.server.store import Row, Store
+
+CLOUD = Path(__file__).resolve().parents[2] / "data" / "sparse.ply"
+POSTGRES = "postgresql://postgres@127.0.0.1:5432"
+PATIENCE_S = 600.0
+"""A bound for what never comes; nothing here says how fast it should."""
+
+
+def until(found: Callable[[], Any], *, patience_s: float = PATIENCE_S, pause_s: float = 0.02) -> Any:
+    """What `found` returns as soon as that is true."""
+    end = time.monotonic() + patience_s
+    while not (value := found()):
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(pause_s)
+    return value
+
+
+@contextmanager
+def fresh_postgres() -> Iterator[str | None]:
+    """The URL of an empty database, which goes in the end; None where no server can be reached."""
+    name = f"sdfserver_faults_{secrets.token_hex(4)}"
+    try:
+        connection = psycopg.connect(f"{POSTGRES}/postgres", autocommit=True, connect_timeout=3)
+    except psycopg.OperationalError:
+        yield None
+        return
+    with connection:
+        connection.execute(f"CREATE DATABASE {name}")  # type: ignore[call-overload]
+        try:
+            yield f"{POSTGRES}/{name}"
+        finally:
+            connection.execute(f"DROP DATABASE {name} WITH (FORCE)")  # type: ignore[call-overload]
+
+
+class Host:
+    """The service of one data folder, in as many processes as a test starts.
+
+    Its processes are known by their environment, so that those whose parent was killed are found as well.
+    """
+
+    def __init__(
+        self, folder: Path, database_url: str | None = None, *, processors: int | None = None, **settings: Any
+    ) -> None:
+        self.data = folder / "data"
+        self.log = folder / "log.txt"
+        self.artifacts = Artifacts(self.data)
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            self.port = listener.getsockname()[1]  # the same after a restart, for the client to find
+        chosen = {"data_dir": self.data, "device": "cpu", "port": self.port, "sweep_seconds": 0.5, "min_free_bytes": 0}
+        if database_url is not None:
+            chosen["database_url"] = database_url
+        self._environment = {name: value for name, value in os.environ.items() if not name.startswith("SDFSERVER_")}
+        self._environment |= _variables(chosen | settings)
+        sqlite = f"sqlite:///{self.data / 'sdfserver.sqlite3'}"
+        self.database = (database_url or sqlite).replace("postgresql://", "postgresql+psycopg://")
+        self.client = Client(f"http://127.0.0.1:{self.port}", timeout_s=PATIENCE_S, retry_s=PATIENCE_S)
+        self._store: Store | None = None
+        self._processors = sorted(os.sched_getaffinity(0))[:processors]
+        self._started: list[subprocess.Popen[bytes]] = []
+
+    # Processes
+
+    def start(self, command: str, **settings: Any) -> psutil.Process:
+        """`sdfserver COMMAND`, whether it is up yet or not."""
+        with self.log.open("ab") as stream:
+            started = subprocess.Popen(
+                [sys.executable, "-m", "sdfserver", command],
+                env=self._environment | _variables(settings),
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=stream,
+            )
+        self._started.append(started)
+        os.sched_setaffinity(started.pid, self._processors)  # its children's too
+        return psutil.Process(started.pid)
+
+    def serve(self, **settings: Any) -> psutil.Process:
+        """`sdfserver serve`, ready to take jobs."""
+        started = self.start("serve", **settings)
+        self.ready()
+        return started
+
+    def ready(self, workers: int = 1) -> None:
+        """Wait until the service answers, with so many workers or more."""
+
+        def answers() -> bool:
+            assert any(started.poll() is None for started in self._started), self.said()
+            with suppress(httpx.HTTPError):
+                if httpx.get(f"{self.client.url}/health/ready", timeout=PATIENCE_S).is_success:
+                    return len(self.store.workers()) >= workers
+            return False
+
+        until(answers)
+
+    def processes(self, role: str | None = None) -> list[psutil.Process]:
+        """All that live: serve, api, worker; job (a worker's child) and tracker (of multiprocessing's)."""
+        for started in self._started:
+            started.poll()  # or they would stay as zombies
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error, OSError):
+                mine = process.environ().get("SDFSERVER_DATA_DIR") == str(self.data)
+                if mine and process.status() != psutil.STATUS_ZOMBIE and role in (None, _role(process)):
+                    found.append(process)
+        return found
+
+    def process(self, role: str) -> psutil.Process:
+        """The one of that role."""
+        (only,) = self.processes(role)
+        return only
+
+    def child(self, *, other_than: psutil.Process | None = None) -> psutil.Process:
+        """The process that computes, once there is one."""
+        found = until(lambda: [process for process in self.processes("job") if process != other_than])
+        return found[0]
+
+    def kill(self, *processes: psutil.Process) -> float:
+        """SIGKILL; when that was, by the monotonic clock."""
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        at = time.monotonic()
+        until(lambda: not [process for process in processes if process in self.processes()])
+        return at
+
+    def freeze(self, process: psutil.Process) -> None:
+        """SIGSTOP, but not in the middle of a write: SQLite's lock would stop everybody else as well."""
+        while True:
+            process.suspend()
+            if self._unlocked():
+                return
+            process.resume()
+            time.sleep(0.05)
+
+    def _unlocked(self) -> bool:
+        if not self.store.sqlite:
+            return True
+        connection = sqlite3.connect(self.data / "sdfserver.sqlite3", timeout=2.0, isolation_level=None)
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError:
+            return False
+        finally:
+            connection.close()
+        return True
+
+    def stop(self, process: psutil.Process) -> None:
+        """SIGTERM, and wait for the end."""
+        process.terminate()
+        until(lambda: process not in self.processes())
+
+    def close(self) -> None:
+        """End everything, at once."""
+        while living := self.processes():
+            for process in living:
+                with suppress(psutil.NoSuchProcess):
+                    process.send_signal(signal.SIGKILL)
+            time.sleep(0.05)
+        for started in self._started:
+            started.wait()
+        self.client.close()
+        if self._store is not None:
+            self._store.close()
+
+    def said(self) -> str:
+        """What all of them wrote."""
+        return self.log.read_text(errors="replace")
+
+    # Jobs
+
+    @property
+    def store(self) -> Store:
+        """The database, as the processes see it."""
+        if self._store is None:
+            self._store = Store(self.database)
+        return self._store
+
+    def submit(self, **options: Any) -> str:
+        """A small job's id: some seconds of fitting, less of meshing."""
+        return self.client.submit(CLOUD, **({"preset": "draft", "resolution": 32} | options)).id
+
+    def row(self, job_id: str) -> Row:
+        """The job as the store has it."""
+        row = self.store.job(job_id)
+        assert row is not None
+        return row
+
+    def fitting(self, job_id: str, attempt: int = 1) -> Row:
+        """Wait until the job is in mid-fit."""
+
+        def seen() -> Row | None:
+            row = self.row(job_id)
+            assert row.state != JobState.FAILED, row.problem
+            return row if row.attempt == attempt and row.stage == "fit" and (row.step or 0) > 0 else None
+
+        return until(seen)
+
+    def running(self, job_id: str, attempt: int) -> float:
+        """Wait until that attempt at the job runs; when that was, by the monotonic clock."""
+
+        def seen() -> bool:
+            row = self.row(job_id)
+            return row.attempt >= attempt and row.state != JobState.QUEUED
+
+        until(seen, pause_s=0.01)
+        return time.monotonic()
+
+    def report(self, job_id: str) -> Path:
+        """The last file that the first attempt writes."""
+        return self.artifacts.mesh(job_id, 1) / REPORT
+
+    # What must hold in the end
+
+    def succeeds(self, job_id: str) -> Row:
+        """The job ends, with one result, which is right."""
+        row = self._ended(job_id)
+        assert row.state == JobState.SUCCEEDED, (row.problem, self.said())
+        path = self.client.job(job_id).download(self.data.parent / f"{job_id}.ply")
+        mesh, cloud = read_mesh(path), read_cloud(CLOUD)
+        assert mesh_health(mesh).watertight
+        size = float(np.ptp(cloud.points, axis=0).max())
+        assert cloud_to_mesh(cloud, mesh).max < 0.05 * size
+        assert np.all(mesh.vertices.min(axis=0) > cloud.points.min(axis=0) - 0.1 * size)
+        assert np.all(mesh.vertices.max(axis=0) < cloud.points.max(axis=0) + 0.1 * size)
+        return row
+
+    def fails(self, job_id: str, kind: str) -> Row:
+        """The job ends with a problem of that kind, and will be removed one day."""
+        row = self._ended(job_id)
+        assert row.state == JobState.FAILED
+        assert row.problem["type"] == f"urn:sdfserver:problem:{kind}", row.problem
+        assert row.published is None
+        assert row.expires_at is not None
+        return row
+
+    def _ended(self, job_id: str) -> Row:
+        until(lambda: JobState(self.row(job_id).state).final, pause_s=0.1)
+        ends = [event for event in self.store.events_after(job_id, 0, 10_000) if JobState(event.body["state"]).final]
+        assert len(ends) == 1, "a job ends once"
+        return self.row(job_id)
+
+    def leaves_nothing_behind(self) -> None:
+        """After a sweep there are the files of results and uploads, and no others; after a stop, no process."""
+        until(lambda: self._files() == self._wanted_files(), patience_s=60, pause_s=0.2)
+        for process in (*self.processes("serve"), *self.processes("api"), *self.processes("worker")):
+            with suppress(psutil.NoSuchProcess):
+                process.terminate()
+        until(lambda: not self.processes(), patience_s=120, pause_s=0.1)
+
+    def _files(self) -> set[Path]:
+        """All files, and all empty folders."""
+        return {path for path in self.artifacts.jobs.rglob("*") if not path.is_dir() or not any(path.iterdir())}
+
+    def _wanted_files(self) -> set[Path]:
+        wanted = set()
+        for row in self.store.list_jobs("", limit=1000):
+            wanted.add(self.artifacts.upload(row.id, row.format))
+            if row.state == JobState.SUCCEEDED:
+                wanted |= {self.artifacts.fit(row.id, row.fitted) / name for name in FIT_FILES}
+                wanted |= {self.artifacts.mesh(row.id, row.published) / name for name in (MESH, REPORT)}
+        return wanted
+
+
+def _variables(settings: dict[str, Any]) -> dict[str, str]:
+    return {f"SDFSERVER_{name.upper()}": str(value) for name, value in settings.items()}
+
+
+def _role(process: psutil.Process) -> str:
+    line = process.cmdline()
+    if "sdfserver" in line:
+        return line[line.index("sdfserver") + 1]
+    return "job" if any("spawn_main" in word for word in line) else "tracker"
