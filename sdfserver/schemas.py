@@ -95,7 +95,7 @@ class JobOptions(MeshOptions):
 class MeshJobOptions(MeshOptions):
     """Another mesh of a field that has been fitted."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"resolution": 64, "level": 0.01}]})
+    model_config = ConfigDict(strict=True, json_schema_extra={"examples": [{"resolution": 64, "level": 0.01}]})
 
     priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = 0
 
@@ -162,7 +162,9 @@ class JobPage(BaseModel):
 class SdfRequest(_Model):
     """Points at which to evaluate the field."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"points": [[0.0, 0.0, 0.5]], "gradient": True}]})
+    model_config = ConfigDict(
+        strict=True, json_schema_extra={"examples": [{"points": [[0.0, 0.0, 0.5]], "gradient": True}]}
+    )
 
     points: Annotated[list[Point], Field(min_length=1, max_length=MAX_QUERY_POINTS)]
     gradient: Annotated[bool, Field(description="Also return the gradient at each point.")] = False

@@ -149,10 +149,12 @@ def answers(*kinds: str) -> dict[int | str, dict[str, Any]]:
 
 def _file_of(*media_types: str) -> dict[int | str, dict[str, Any]]:
     """What an endpoint with a file to download answers."""
-    content = {media_type: {"schema": {"type": "string", "format": "binary"}} for media_type in media_types}
+    binary: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
+    content = {kind: {"schema": {"type": "object"}} if kind == "application/json" else binary for kind in media_types}
+    parts: dict[str, Any] = {kind: {} for kind in (*media_types, "multipart/byteranges")}
     return {
         200: {"description": "The file", "content": content},
-        206: {"description": "The part that Range asked for", "content": content | {"multipart/byteranges": {}}},
+        206: {"description": "The part that Range asked for", "content": parts},
         304: {"description": "If-None-Match names what would be sent"},
         **_ABOUT_A_RESULT,
         **answers("range"),
@@ -179,7 +181,15 @@ class UploadQuery(JobOptions):
         return JobOptions(**self.model_dump(exclude={"name", "format"}))
 
 
-_EXAMPLE_XYZ = "0 0 1 0 0 1\n0 1 0 0 1 0\n1 0 0 1 0 0\n"
+def _sphere_xyz(points: int) -> str:
+    """A unit sphere as XYZ with normals: a spiral from pole to pole, which is about even."""
+    z = np.linspace(1, -1, points)
+    angle, radius = np.pi * (3 - np.sqrt(5)) * np.arange(points), np.sqrt(1 - z**2)
+    sphere = np.stack([radius * np.cos(angle), radius * np.sin(angle), z], axis=1)
+    return "".join(f"{x:.3f} {y:.3f} {z:.3f} {x:.3f} {y:.3f} {z:.3f}\n" for x, y, z in sphere)
+
+
+_EXAMPLE_XYZ = _sphere_xyz(300)
 _UPLOAD_BODY = {
     "requestBody": {
         "required": True,
@@ -304,7 +314,7 @@ def _create(service: Service, owner: ApiKey, new: NewJob, response: Response) ->
 
 def _options_of(text: bytes) -> JobOptions:
     try:
-        return JobOptions.model_validate_json(text)
+        return JobOptions.model_validate_json(text, strict=True)
     except ValidationError as error:
         raise invalid(error.errors()) from None
 

@@ -205,7 +205,7 @@ def process(command: str, folder: Path, **settings: Any) -> Iterator[Process]:
             listener.close()
         child = subprocess.Popen(
             [sys.executable, "-m", "sdfserver", command, "--data-dir", str(folder / "data"), *where],
-            env=os.environ | {"SDFSERVER_DRAIN_SECONDS": "0"} | environment,
+            env=os.environ | {"SDFSERVER_DRAIN_SECONDS": "0", "OMP_WAIT_POLICY": "passive"} | environment,
             stdin=subprocess.DEVNULL,
             stderr=stream,
             pass_fds=[listener.fileno()] if own_socket else [],

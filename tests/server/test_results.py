@@ -188,7 +188,8 @@ def test_a_level_outside_the_field_fails_with_the_reason(served: Served) -> None
 
 
 def test_a_cloud_that_is_none_fails_with_the_reason_under_its_own_name(served: Served) -> None:
-    answer = served.api.post("/v1/jobs", files={"cloud": ("../../my cloud.ply", b"no cloud at all")})
+    files = {"cloud": ("../../my cloud.ply", b"no cloud at all"), "options": (None, '{"resolution": 32}')}
+    answer = served.api.post("/v1/jobs", files=files)
     job = wait(served, answer.headers["location"])
     assert (job["state"], job["problem"]["status"]) == ("failed", 422)
     assert "my cloud.ply" in job["problem"]["detail"]
@@ -205,8 +206,13 @@ def test_the_time_that_is_left_is_told_once_it_has_been_measured(served: Served,
             posts.append(served.api.post("/v1/jobs", files={"cloud": ("a.ply", cloud)}, data=options).json())
     first, second = (post["links"]["self"] for post in posts)
     until(lambda: served.api.get(first).json()["state"] == "running")
-    waiting = until(lambda: (job := served.api.get(second).json())["eta_s"] is not None and job)
-    assert (waiting["state"], waiting["queue_position"]) == ("queued", 1)
+
+    def told() -> dict[str, Any] | None:
+        job = served.api.get(second).json()
+        return job if job["eta_s"] is not None and job["queue_position"] == 1 else None
+
+    waiting = until(told)
+    assert waiting["state"] == "queued"
     assert waiting["eta_s"] > 0
     for url in (second, first):
         assert served.api.post(f"{url}/cancel").json()["state"] == "cancelled"

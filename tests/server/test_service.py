@@ -212,7 +212,6 @@ def test_the_examples_of_the_documentation_work_when_pasted(app: App, api: Api, 
 
 
 def test_the_example_cloud_is_one(served: Served) -> None:
-    """The points pasted from the documentation make a job that ends with a reason or a mesh, never an error."""
     whole = served.api.get("/openapi.json").json()
     cloud = whole["paths"]["/v1/jobs"]["post"]["requestBody"]["content"]["application/octet-stream"]["example"]
     answer = served.api.post("/v1/jobs?format=xyz&preset=draft&resolution=16", content=cloud)
