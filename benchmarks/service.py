@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -106,7 +107,12 @@ async def running(client: httpx.AsyncClient, url: str) -> dict[str, Any]:
 
 
 async def claims(client: httpx.AsyncClient, count: int) -> list[float]:
-    """Seconds from accepted to started, each on an idle queue."""
+    """Seconds from accepted to started, each on an idle queue; after one job that warms the worker up."""
+    first = (await submit(client, 2_000_000))["links"]["self"]
+    while (await client.get(first)).json()["step"] is None:
+        await asyncio.sleep(PAUSE_S)
+    await client.post(f"{first}/cancel")
+    await asyncio.sleep(2.0)
     seconds = []
     for seed in range(count):
         job = await submit(client, 1_000_000 + seed)
@@ -119,19 +125,50 @@ async def claims(client: httpx.AsyncClient, count: int) -> list[float]:
 
 
 class Watch:
-    """GETs of one job, one after the other, by several at once; its latencies by what went on meanwhile."""
+    """GETs of one job by a process of its own, WATCHERS at once; their latencies by what went on meanwhile."""
 
-    def __init__(self, client: httpx.AsyncClient, url: str) -> None:
-        self._client, self._url = client, url
-        self.phase = "a fit runs"
-        self.seconds: dict[str, list[float]] = {}
+    def __init__(self, url: str) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, "--watch", url], stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True
+        )
+        self._phases: list[tuple[float, str]] = []
 
-    async def run(self) -> None:
-        while True:
-            phase, start = self.phase, time.perf_counter()
-            (await self._client.get(self._url)).raise_for_status()
-            self.seconds.setdefault(phase, []).append(time.perf_counter() - start)
-            await asyncio.sleep(PAUSE_S)
+    def now(self, phase: str) -> None:
+        self._phases.append((time.monotonic(), phase))
+
+    def end(self) -> dict[str, list[float]]:
+        """Milliseconds of each GET, by the phase that it began in."""
+        self._process.terminate()
+        found: dict[str, list[float]] = {}
+        for line in self._process.communicate()[0].splitlines():
+            began, seconds = map(float, line.split())
+            phases = [phase for start, phase in self._phases if start <= began]
+            if phases:
+                found.setdefault(phases[-1], []).append(1000 * seconds)
+        return found
+
+
+def watch(url: str) -> None:
+    """The process of Watch: prints when each GET began and how long it took."""
+
+    def ask() -> None:
+        with httpx.Client(timeout=600) as client:
+            while True:
+                began = time.monotonic()
+                client.get(url).raise_for_status()
+                lines.append(f"{began} {time.monotonic() - began}")
+                time.sleep(PAUSE_S)
+
+    def stop(*_: object) -> None:
+        print("\n".join(lines), flush=True)
+        os._exit(0)
+
+    lines: list[str] = []
+    signal.signal(signal.SIGTERM, stop)
+    for _ in range(WATCHERS):
+        threading.Thread(target=ask, daemon=True).start()
+    while True:
+        time.sleep(1.0)
 
 
 async def listed(client: httpx.AsyncClient) -> list[dict[str, Any]]:
@@ -149,28 +186,27 @@ async def listed(client: httpx.AsyncClient) -> list[dict[str, Any]]:
 async def measure(url: str, pid: int, uploads: int, *, finish: bool) -> dict[str, Any]:
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
-        await asyncio.sleep(5.0)  # the worker's process loads
-        claimed = await claims(client, 10)
+        claimed = await claims(client, 20)
         fit = await client.post(
             "/v1/jobs?preset=fine&priority=10", params={"name": "knot.ply"}, content=KNOT.read_bytes()
         )
         long_job = (await running(client, fit.raise_for_status().json()["links"]["self"]))["links"]["self"]
         api = api_of(pid)
-        watch = Watch(client, long_job)
-        watchers = [asyncio.create_task(watch.run()) for _ in range(WATCHERS)]
+        watching = Watch(f"{url}{long_job}")
+        await asyncio.sleep(3.0)
+        watching.now("a fit runs")
         await asyncio.sleep(10.0)
         memory = {"before": api.memory_info().rss}
-        watch.phase, start = f"{uploads} upload at once", time.perf_counter()
+        watching.now(f"{uploads} upload at once")
+        start = time.perf_counter()
         taken = await asyncio.gather(*(submit(client, seed) for seed in range(uploads)))
         seconds = time.perf_counter() - start
         memory["after the uploads"] = api.memory_info().rss
-        watch.phase = f"{uploads} wait"
+        watching.now(f"{uploads} wait")
         await asyncio.sleep(10.0)
+        latencies = watching.end()
         again = await asyncio.gather(*(submit(client, seed) for seed in range(uploads)))
         memory["after the same once more"] = api.memory_info().rss
-        for task in watchers:
-            task.cancel()
-        await asyncio.gather(*watchers, return_exceptions=True)
         state = (await client.get(long_job)).json()["state"]
         jobs = [job for job in await listed(client) if re.fullmatch(r"sphere-\d{1,6}\.xyz", job["name"])]
         names = Counter(job["name"] for job in jobs)
@@ -182,7 +218,7 @@ async def measure(url: str, pid: int, uploads: int, *, finish: bool) -> dict[str
             "same_job_when_repeated": [job["id"] for job in taken] == [job["id"] for job in again],
             "fit_was": state,
             "claim_ms": [1000 * value for value in claimed],
-            "get_ms": {phase: [1000 * value for value in values] for phase, values in watch.seconds.items()},
+            "get_ms": latencies,
             "api_rss_mib": {name: value / 2**20 for name, value in memory.items()},
         }
         if finish:
@@ -195,7 +231,7 @@ async def measure(url: str, pid: int, uploads: int, *, finish: bool) -> dict[str
 
 
 def p95(values: list[float]) -> float:
-    return statistics.quantiles(values, n=20)[-1] if len(values) > 1 else values[0]
+    return statistics.quantiles(values, n=20, method="inclusive")[-1] if len(values) > 1 else values[0]
 
 
 def table(result: dict[str, Any]) -> str:
@@ -227,7 +263,10 @@ def main() -> int:
     parser.add_argument("--uploads", type=int, default=200)
     parser.add_argument("--finish", action="store_true", help="wait until all jobs have ended")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--watch", metavar="URL", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.watch:
+        watch(args.watch)
     load = os.getloadavg()[0]
     if load > 0.5 * (os.cpu_count() or 1):
         print(f"warning: the machine is busy already (load {load:.1f}); the figures are contended", file=sys.stderr)

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 
+from anyio import CapacityLimiter
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import PlainTextResponse, RedirectResponse, Response
@@ -53,6 +54,8 @@ def create_app(settings: Settings) -> FastAPI:
             artifacts=artifacts,
             view=QueueView(store),
             converting=asyncio.Semaphore(1),
+            receiving=CapacityLimiter(8),
+            creating=CapacityLimiter(1),
         )
         yield
         queue.close()

@@ -97,6 +97,9 @@ def main(connection: Connection, threads: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.nice(NICENESS)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    # Before torch: its threads wait for each other asleep. Spinning, a fit on two threads all but stops as soon as
+    # something else wants one of the cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 
     import sdfserver.io

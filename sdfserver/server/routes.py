@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, cast
 
 import numpy as np
+from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import FileResponse, JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
@@ -79,6 +80,10 @@ class Service:
     artifacts: Artifacts
     view: QueueView
     converting: asyncio.Semaphore
+    receiving: CapacityLimiter
+    """Threads for what uploads write: others' answers do not wait for those."""
+    creating: CapacityLimiter
+    """One thread: new jobs are made one after the other, whoever waits for whom."""
 
 
 def service_of(request: Request) -> Service:
@@ -251,7 +256,11 @@ async def submit_job(
     job_id, options = new_id(), query.options()
     content_type = request.headers.get("content-type", "")
     with Upload(
-        service.artifacts, job_id, max_bytes=settings.max_upload_bytes, min_free=settings.min_free_bytes
+        service.artifacts,
+        job_id,
+        max_bytes=settings.max_upload_bytes,
+        min_free=settings.min_free_bytes,
+        threads=service.receiving,
     ) as upload:
         upload.check_room(declared)
         if content_type.lower().startswith("multipart/form-data"):
@@ -279,7 +288,7 @@ async def submit_job(
             request_hash=hashlib.sha256(f"{upload.digest}\n{upload.format}\n{asked}".encode()).hexdigest(),
         )
         # Within the upload's context: its folder is not taken for a stray before the row is there.
-        return await run_in_threadpool(_create, service, owner, new, response)
+        return await to_thread.run_sync(_create, service, owner, new, response, limiter=service.creating)
 
 
 def _create(service: Service, owner: ApiKey, new: NewJob, response: Response) -> Job:

@@ -7,9 +7,9 @@ from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
+from anyio import CapacityLimiter, to_thread
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
-from starlette.concurrency import run_in_threadpool
 
 from sdfserver.io import CLOUD_FORMATS
 from sdfserver.server.artifacts import Artifacts, sync
@@ -30,8 +30,11 @@ def safe_name(name: str) -> str:
 class Upload:
     """One cloud being received. Entered as a context; until it is left, nobody takes its folder for a stray."""
 
-    def __init__(self, artifacts: Artifacts, job_id: str, *, max_bytes: int, min_free: int) -> None:
+    def __init__(
+        self, artifacts: Artifacts, job_id: str, *, max_bytes: int, min_free: int, threads: CapacityLimiter
+    ) -> None:
         self._artifacts, self._job_id = artifacts, job_id
+        self.threads = threads
         self._max_bytes, self._min_free = max_bytes, min_free
         self._stack = ExitStack()
         self._stream: BinaryIO | None = None
@@ -109,8 +112,8 @@ def too_large(limit: int) -> ProblemError:
 async def receive_raw(upload: Upload, body: AsyncIterator[bytes], *, name: str, extension: str | None) -> None:
     """The whole body is the cloud."""
     upload.begin(name, extension)
-    await _in_blocks(body, upload.write)
-    await run_in_threadpool(upload.finish)
+    await _in_blocks(body, upload.write, upload.threads)
+    await to_thread.run_sync(upload.finish, limiter=upload.threads)
 
 
 async def receive_form(upload: Upload, body: AsyncIterator[bytes], *, content_type: str) -> None:
@@ -121,25 +124,25 @@ async def receive_form(upload: Upload, body: AsyncIterator[bytes], *, content_ty
     form = _Form(upload)
     try:
         parser = MultipartParser(boundary, form.callbacks())  # type: ignore[arg-type]
-        await _in_blocks(body, parser.write)
+        await _in_blocks(body, parser.write, upload.threads)
         parser.finalize()
     except FormParserError:
         raise ProblemError("malformed", "the form cannot be parsed; send multipart/form-data") from None
     if not form.ended:
         raise ProblemError("malformed", "the form ends too early; send all of it")
-    await run_in_threadpool(upload.finish)
+    await to_thread.run_sync(upload.finish, limiter=upload.threads)
 
 
-async def _in_blocks(body: AsyncIterator[bytes], write: Any) -> None:
+async def _in_blocks(body: AsyncIterator[bytes], write: Any, threads: CapacityLimiter) -> None:
     """Hand the body to `write` in blocks worth a thread's while."""
     waiting = bytearray()
     async for chunk in body:
         waiting += chunk
         if len(waiting) >= _WRITE_BYTES:
-            await run_in_threadpool(write, bytes(waiting))
+            await to_thread.run_sync(write, bytes(waiting), limiter=threads)
             waiting.clear()
     if waiting:
-        await run_in_threadpool(write, bytes(waiting))
+        await to_thread.run_sync(write, bytes(waiting), limiter=threads)
 
 
 class _Form:

@@ -99,6 +99,9 @@ class Worker:
         self._child = self._spawn()
         prepare_storage(self._settings, self._store, self._artifacts)
         queue = JobQueue(self._store)
+        # Before this worker takes any: a job that was cut off goes before those that wait.
+        self._store.retire_silent(self._settings.lease_seconds)
+        recover(self._settings, self._store, queue)
         self._store.register_worker(self._id, host=socket.gethostname(), pid=os.getpid(), device=self._settings.device)
         for target in (self._beat, lambda: self._recover(queue), lambda: self._sweep(queue)):
             threading.Thread(target=target, daemon=True).start()

@@ -11,7 +11,7 @@ from server.helpers import Served, until
 from sdfserver.server.settings import Settings
 from sdfserver.server.store import Store, jobs
 
-MAX_EXAMPLES = 6
+MAX_EXAMPLES = 20
 """Requests per call and phase: enough for the known kinds of mistake, few enough for every run of the tests."""
 CONFIG = """
 [checks]
