@@ -16,11 +16,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import psutil
 import uvicorn
 
 from sdfserver.errors import ConfigError
 from sdfserver.server.settings import Settings
-from sdfserver.server.store import Store
+from sdfserver.server.store import Row, Store
 from sdfserver.server.worker import prepare_storage
 
 log = logging.getLogger(__name__)
@@ -239,15 +240,16 @@ def _retire_dead_processes(store: Store) -> None:
     """Do not wait for the leases of workers of this host whose processes are gone."""
     host = socket.gethostname()
     for row in store.workers():
-        if row.host == host and not _lives(row.pid):
+        if row.host == host and not _lives(row):
             store.retire(row.id)
 
 
-def _lives(pid: int) -> bool:
+def _lives(row: Row) -> bool:
+    """Whether the worker's process is there: not a zombie that nobody reaps, and not a later one of its number."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        process = psutil.Process(row.pid)
+        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= row.beat_at + 1.0
+    except psutil.NoSuchProcess:
         return False
-    except PermissionError:
-        pass
-    return True
+    except psutil.AccessDenied:
+        return True

@@ -1,5 +1,6 @@
 """The documented interface against the running one: schemathesis makes requests of it, right ones and wrong ones."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -68,3 +69,7 @@ def test_schemathesis_finds_no_fault(served: Served, tmp_path: Path) -> None:
             store.cancel(row.id, 60.0)
         store.close()
     assert found.returncode == 0, found.stdout[-20_000:] + found.stderr[-2000:]
+    assert "Tested: 15" in found.stdout
+    made = re.search(r"(\d+) generated, (\d+) passed", found.stdout)
+    assert made is not None, found.stdout[-2000:]
+    assert int(made[2]) > 500
