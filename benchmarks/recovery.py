@@ -17,8 +17,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from faults.host import Host, fresh_postgres
+from faults.host import Host
 from faults.scenarios import SCENARIOS
+from waiting import fresh_postgres
 
 
 def seconds_of(scenario: str, *, postgres: bool) -> float:

@@ -154,7 +154,7 @@ def _settings(**overrides: Any) -> "Settings":
     from sdfserver.server.settings import load_settings
 
     logging.basicConfig(level=logging.INFO, format="sdfserver: %(message)s", stream=sys.stderr, force=True)
-    for name in ("httpx", "sqlalchemy", "alembic"):
+    for name in ("httpx", "sqlalchemy"):
         logging.getLogger(name).setLevel(logging.WARNING)
     return load_settings(**overrides)
 

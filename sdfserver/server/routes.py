@@ -9,7 +9,7 @@ import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, cast, get_args
 
 import numpy as np
 from anyio import CapacityLimiter, to_thread
@@ -65,7 +65,6 @@ EVENT_SECONDS = 0.25
 RETRY_SECONDS = 10
 MAX_JSON_BYTES = 16 * 2**20
 """Of any body but a cloud."""
-MESH_FORMATS: tuple[MeshFormat, ...] = ("ply", "glb", "obj", "stl", "off")
 _MEDIA_TYPES = {"ply": "application/octet-stream", "glb": "model/gltf-binary", "obj": "model/obj", "stl": "model/stl",
                 "off": "text/plain"}  # fmt: skip
 
@@ -273,22 +272,36 @@ async def submit_job(
             await receive_raw(
                 upload, request.stream(), name=query.name or f"cloud.{query.format or ''}", extension=query.format
             )
-        asked = json.dumps(options.model_dump(mode="json"), sort_keys=True)
-        new = NewJob(
+        new = _new_job(
+            options,
+            options.preset,
+            f"{upload.digest}\n{upload.format}",
             id=job_id,
             owner=owner.id,
             kind=JobKind.RECONSTRUCTION,
             name=upload.name,
             format=upload.format,
-            options=options.model_dump(mode="json"),
-            preset=options.preset,
-            resolution=options.resolution or PRESETS[options.preset].mesh.resolution,
-            priority=options.priority,
             idempotency_key=idempotency_key,
-            request_hash=hashlib.sha256(f"{upload.digest}\n{upload.format}\n{asked}".encode()).hexdigest(),
         )
         # Within the upload's context: its folder is not taken for a stray before the row is there.
         return await to_thread.run_sync(_create, service, owner, new, response, limiter=service.creating)
+
+
+def _new_job(options: JobOptions | MeshJobOptions, preset: str, source: str, **known: Any) -> NewJob:
+    """A job with these options; `source` tells what they are applied to, so that equal requests have equal hashes."""
+    plain = options.model_dump(mode="json")
+    return NewJob(
+        options=plain,
+        preset=preset,
+        resolution=_resolution(options, preset),
+        priority=options.priority,
+        request_hash=hashlib.sha256(f"{source}\n{json.dumps(plain, sort_keys=True)}".encode()).hexdigest(),
+        **known,
+    )
+
+
+def _resolution(options: MeshOptions, preset: str) -> int:
+    return options.resolution or PRESETS[preset].mesh.resolution
 
 
 def _create(service: Service, owner: ApiKey, new: NewJob, response: Response) -> Job:
@@ -356,7 +369,7 @@ def _quoted(error: Mapping[str, Any]) -> str:
 
 def check_limits(options: MeshOptions, preset: str, settings: Settings) -> None:
     """Raise ProblemError where the options ask for more than this server gives."""
-    resolution = options.resolution or PRESETS[preset].mesh.resolution
+    resolution = _resolution(options, preset)
     if resolution > settings.max_resolution:
         raise ProblemError(
             "invalid", f"resolution is {resolution}; this server takes {settings.max_resolution} at most"
@@ -566,20 +579,17 @@ def mesh_again(
             "there is not enough room for another mesh; delete finished jobs or try again later",
             headers={"Retry-After": "60"},
         )
-    asked = json.dumps(options.model_dump(mode="json"), sort_keys=True)
-    new = NewJob(
+    new = _new_job(
+        options,
+        row.preset,
+        row.id,
         id=new_id(),
         owner=owner.id,
         kind=JobKind.MESH,
         parent_id=row.id,
         name=row.name,
         format=row.format,
-        options=options.model_dump(mode="json"),
-        preset=row.preset,
-        resolution=options.resolution or PRESETS[row.preset].mesh.resolution,
-        priority=options.priority,
         idempotency_key=idempotency_key,
-        request_hash=hashlib.sha256(f"{row.id}\n{asked}".encode()).hexdigest(),
     )
     try:
         with service.artifacts.linking(row.id, row.fitted or 0, new.id):
@@ -632,7 +642,7 @@ def get_options(service: TheService, _owner: Owner) -> OptionsInfo:
             retention_seconds=settings.retention_seconds,
         ),
         cloud_formats=list(CLOUD_FORMATS),
-        mesh_formats=list(MESH_FORMATS),
+        mesh_formats=list(get_args(MeshFormat)),
         job_options=JobOptions.model_json_schema(),
         mesh_options=MeshJobOptions.model_json_schema(),
     )

@@ -50,7 +50,9 @@ FIT_SHARE = 0.8
 MESH_PER_FIT = 0.2
 """Seconds of meshing for one of fitting, until jobs of the kind have been measured."""
 
-_DIED = problem("died", "every attempt at the job ended with the death of its process; the cloud may be to blame")
+_DIED = problem(
+    "died", "every attempt at the job ended with the death of its process; the cloud may be to blame"
+).model_dump(exclude_none=True)
 
 
 class End(Enum):
@@ -100,7 +102,6 @@ class Worker:
         prepare_storage(self._settings, self._store, self._artifacts)
         queue = JobQueue(self._store)
         # Before this worker takes any: a job that was cut off goes before those that wait.
-        self._store.retire_silent(self._settings.lease_seconds)
         recover(self._settings, self._store, queue)
         self._store.register_worker(self._id, host=socket.gethostname(), pid=os.getpid(), device=self._settings.device)
         for target in (self._beat, lambda: self._recover(queue), lambda: self._sweep(queue)):
@@ -254,7 +255,7 @@ class Worker:
                     job_id,
                     self._id,
                     self._settings.max_attempts,
-                    _DIED.model_dump(exclude_none=True),
+                    _DIED,
                     self._settings.retention_seconds,
                 )
             return self._attempt
@@ -380,7 +381,6 @@ class Worker:
         """Put the jobs of dead workers back into the queue."""
         while True:
             try:
-                self._store.retire_silent(self._settings.lease_seconds)
                 recover(self._settings, self._store, queue)
             except Exception:
                 log.exception("recovery failed; it is tried again")
@@ -450,14 +450,14 @@ def prepare_storage(settings: Settings, store: Store, artifacts: Artifacts) -> N
 
 
 def recover(settings: Settings, store: Store, queue: JobQueue) -> None:
-    """Put the jobs of retired workers back into the queue. Several processes may do so at once."""
+    """Retire silent workers, and put their jobs back into the queue. Several processes may do so at once."""
+    store.retire_silent(settings.lease_seconds)
     dead = [row.id for row in store.workers(retired=True)]
     held = queue.held_by(dead)
     for job_id, worker in held:
         # In this order: cut off in between, it is found again and done again.
         queue.resume([job_id])
-        died = _DIED.model_dump(exclude_none=True)
-        store.lose(job_id, worker, settings.max_attempts, died, settings.retention_seconds)
+        store.lose(job_id, worker, settings.max_attempts, _DIED, settings.retention_seconds)
     if dead and not held:
         store.forget_workers(dead)
 

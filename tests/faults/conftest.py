@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faults.host import Host, fresh_postgres
+from faults.host import Host
+from waiting import fresh_postgres
 
 
 @pytest.fixture

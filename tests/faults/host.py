@@ -1,22 +1,21 @@
 """A whole service as processes of this machine, to be hit: started, found, killed, and looked over afterwards."""
 
 import os
-import secrets
 import signal
 import socket
 import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import psutil
-import psycopg
+from waiting import wait_until
 
 from sdfserver.client import Client
 from sdfserver.io import read_cloud, read_mesh
@@ -26,35 +25,9 @@ from sdfserver.server.artifacts import FIT_FILES, MESH, REPORT, Artifacts
 from sdfserver.server.store import Row, Store
 
 CLOUD = Path(__file__).resolve().parents[2] / "data" / "sparse.ply"
-POSTGRES = "postgresql://postgres@127.0.0.1:5432"
 PATIENCE_S = 600.0
 """A bound for what never comes; nothing here says how fast it should."""
-
-
-def until(found: Callable[[], Any], *, patience_s: float = PATIENCE_S, pause_s: float = 0.02) -> Any:
-    """What `found` returns as soon as that is true."""
-    end = time.monotonic() + patience_s
-    while not (value := found()):
-        assert time.monotonic() < end, "it did not come"
-        time.sleep(pause_s)
-    return value
-
-
-@contextmanager
-def fresh_postgres() -> Iterator[str | None]:
-    """The URL of an empty database, which goes in the end; None where no server can be reached."""
-    name = f"sdfserver_faults_{secrets.token_hex(4)}"
-    try:
-        connection = psycopg.connect(f"{POSTGRES}/postgres", autocommit=True, connect_timeout=3)
-    except psycopg.OperationalError:
-        yield None
-        return
-    with connection:
-        connection.execute(f"CREATE DATABASE {name}")  # type: ignore[call-overload]
-        try:
-            yield f"{POSTGRES}/{name}"
-        finally:
-            connection.execute(f"DROP DATABASE {name} WITH (FORCE)")  # type: ignore[call-overload]
+until = partial(wait_until, patience_s=PATIENCE_S, pause_s=0.02)
 
 
 class Host:

@@ -3,24 +3,23 @@
 import contextlib
 import os
 import re
-import secrets
 import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
-import psycopg
 import pytest
 import uvicorn
 from fastapi import FastAPI
+from waiting import POSTGRES, fresh_postgres, wait_until
 
 from sdfserver.server.app import create_app
 from sdfserver.server.artifacts import Artifacts
@@ -29,31 +28,20 @@ from sdfserver.server.settings import Settings
 from sdfserver.server.store import Attempt, Store
 
 XYZ = b"0 0 1 0 0 1\n0 1 0 0 1 0\n1 0 0 1 0 0\n"
-POSTGRES = "postgresql://postgres@127.0.0.1:5432"
+CHECKOUT = re.escape(str(Path(__file__).resolve().parents[2]))
 PATIENCE_S = 120.0
 
 
-def until(found: Callable[[], Any], *, patience_s: float = PATIENCE_S, pause_s: float = 0.05) -> Any:
-    """What `found` returns as soon as that is true."""
-    end = time.monotonic() + patience_s
-    while not (value := found()):
-        assert time.monotonic() < end, "it did not come"
-        time.sleep(pause_s)
-    return value
+until = partial(wait_until, patience_s=PATIENCE_S, pause_s=0.05)
 
 
 @contextmanager
 def postgres() -> Iterator[str]:
     """The URL of a fresh database, which goes in the end; skips where there is no server."""
-    name = f"sdfserver_test_{secrets.token_hex(4)}"
-    try:
-        connection = psycopg.connect(f"{POSTGRES}/postgres", autocommit=True, connect_timeout=3)
-    except psycopg.OperationalError:
-        pytest.skip(f"no PostgreSQL at {POSTGRES}")
-    with connection:
-        connection.execute(f"CREATE DATABASE {name}")  # type: ignore[call-overload]
-        yield f"{POSTGRES}/{name}"
-        connection.execute(f"DROP DATABASE {name} WITH (FORCE)")  # type: ignore[call-overload]
+    with fresh_postgres() as url:
+        if url is None:
+            pytest.skip(f"no PostgreSQL at {POSTGRES}")
+        yield url
 
 
 @dataclass
@@ -172,7 +160,7 @@ def is_problem(answer: httpx.Response, status: int, kind: str, *said: str) -> No
     assert body["title"]
     for words in said:
         assert words in body["detail"], body
-    assert not re.search(r"Traceback|File \"|/tmp/|/work/|sqlite|SELECT|site-packages", answer.text), answer.text
+    assert not re.search(rf"Traceback|File \"|/tmp/|{CHECKOUT}|sqlite|SELECT|site-packages", answer.text), answer.text
 
 
 # Whole servers

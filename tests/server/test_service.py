@@ -47,7 +47,7 @@ def test_every_kind_of_problem_has_a_name_and_a_status_of_its_kind() -> None:
 
 def test_a_mistake_of_the_servers_tells_nothing(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: Any, **__: Any) -> None:
-        raise RuntimeError(f"{api.secret} in /work/secret.py")
+        raise RuntimeError(f"{api.secret} in /tmp/secret.py")
 
     monkeypatch.setattr(type(api.store), "list_jobs", fails)
     answer = api.get("/v1/jobs")
