@@ -1,7 +1,8 @@
 """PointCloud and its frames; what a cloud must be before it is fitted.
 
 World frame: the input's own units and position, float64 throughout.
-Unit frame: the cloud's box, centred, inside [-0.9, 0.9]^3: unit = scale * (world - center).
+Unit frame: the cloud's box, centred, inside [-0.9, 0.9]^3: unit = scale * (world - center). Smaller for a cloud of few
+points: between them the surface may leave their box, and it must not leave the cube that is searched for it.
 sdf < 0 inside; normals point outward.
 The order is read, drop_strays, (estimate normals,) validate, Frame.around. Whatever is measured here is measured in
 coordinates centred on the cloud, so that UTM offsets cost no digits.
@@ -44,10 +45,11 @@ class Frame:
     scale: float
 
     @classmethod
-    def around(cls, points: NDArray[np.float64]) -> "Frame":
-        """The frame in which the box of `points` (n, 3) fits [-0.9, 0.9]^3, centred."""
+    def around(cls, points: NDArray[np.float64], *, margin: float = 0.0) -> "Frame":
+        """The frame in which the box of `points` (n, 3) fits [-0.9, 0.9]^3, centred, `margin` or more off the cube."""
         low, high = points.min(axis=0), points.max(axis=0)
-        return cls(center=(low + high) / 2, scale=2 * UNIT_EXTENT / float((high - low).max()))
+        extent = float((high - low).max())
+        return cls(center=(low + high) / 2, scale=min(2 * UNIT_EXTENT / extent, 2 / (extent + 2 * margin)))
 
     def to_unit(self, points: NDArray[np.float64]) -> NDArray[np.float64]:
         """World points (n, 3) in the unit frame."""

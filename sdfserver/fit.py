@@ -5,10 +5,11 @@ Everything in the unit frame; sdf < 0 inside; normals point outward. The formula
 
 import copy
 import math
+import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from sdfserver.losses import (
     signed_off_surface_loss,
     surface_loss,
 )
+from sdfserver.orientation import disagreement
 from sdfserver.sampling import Samples, SpacePool, draw_samples
 from sdfserver.siren import Siren
 
@@ -32,6 +34,8 @@ CHECK_EVERY = 25
 """Steps between two looks at the fit's health, its losses and its progress."""
 MAX_WRONG_SIGNS = 0.01
 """Share of trusted signs that may be wrong on held-out samples: healthy fits have none, collapsed ones 0.01 to 0.12."""
+FEWEST_SIGNS = 300
+"""Among fewer, one or two samples on the edge of what is trusted would be taken for a collapse."""
 MAX_EIKONAL = 0.7
 """Mean ||grad phi| - 1| on held-out samples: the fewer the steps, the higher a healthy fit ends (0.1 after thousands,
 0.4 after a few hundred), so that only a wild field is told by this alone."""
@@ -41,6 +45,8 @@ PATIENCE = 0.7
 """Share of the steps that a fit has to come within these bounds; after them it may not leave."""
 HOPELESS_WRONG_SIGNS = 0.25
 """Share of wrong trusted signs from which no fit has been seen to recover, at any time after the warm start."""
+SUSPECT_DISAGREEMENT = 0.05
+"""Share of contradicting normals from which on they are named as what may have made a fit fail."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +64,7 @@ class Health:
 
     loss: float
     wrong_signs: float
-    """Share of the samples with a trusted sign on which phi has the other one."""
+    """Share of the samples with a trusted sign, or of FEWEST_SIGNS if those are fewer, on which phi has the other."""
     wrong_sides: float
     """Share of the points one spacing along and against the normals on which phi has the wrong sign."""
     eikonal: float
@@ -100,6 +106,8 @@ class FitReport:
     """Share of the pool with a trusted sign."""
     noise: float
     """Estimated noise of the cloud: standard deviation along the normals, unit frame."""
+    omega: float
+    """The network's: the one asked for, or less for a cloud of few points."""
     low_precision_steps: int
 
 
@@ -143,9 +151,11 @@ def fit(
     Raises DivergenceError when the fit is out of its bounds and is so again after one restart from its last good state
     at half the rate; Stopped when `should_stop` says so.
     """
+    _keep_thread_limit()
     start = time.perf_counter()
     samples = draw_samples(cloud_unit, config.pool, np.random.default_rng(seed)).to(device)
     pool_ready = time.perf_counter()
+    network = replace(network, omega=config.omega_for(network.omega, samples.spacing))
     model = Siren(network, generator=torch.Generator().manual_seed(seed)).to(device)
     generator = torch.Generator(device).manual_seed(seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, betas=(0.9, config.beta2))
@@ -185,8 +195,7 @@ def fit(
         else:
             raise DivergenceError(
                 f"the fit diverged {restarts[0]}; and after a restart at half the learning rate again "
-                f"at step {state.step} of {config.steps}: {health.fault}; check that the normals point outward, "
-                "or try another seed"
+                f"at step {state.step} of {config.steps}: {health.fault}; {_advice(cloud_unit)}"
             )
     return model, FitReport(
         steps=config.steps,
@@ -197,6 +206,7 @@ def fit(
         health=health,
         trusted_share=float(samples.pool.trusted.float().mean()),
         noise=samples.noise,
+        omega=network.omega,
         low_precision_steps=low_precision_steps,
     )
 
@@ -208,6 +218,32 @@ def _may_heal(health: Health, step: int, config: FitConfig) -> bool:
     if step < config.warm_start_steps:
         return True
     return step < PATIENCE * config.steps and health.wrong_signs <= HOPELESS_WRONG_SIGNS
+
+
+def _advice(cloud: PointCloud) -> str:
+    """What to do about a cloud whose fit failed: the normals are named only where they show a fault."""
+    normals = cloud.normals
+    if normals is None:
+        return "give the cloud normals"
+    centred = cloud.points - cloud.points.mean(axis=0)
+    heights = np.einsum("ij,ij->i", centred, normals)
+    if heights.sum() < -0.5 * np.abs(heights).sum():
+        return "the normals seem to point inward: turn them, or use --normals estimate"
+    share = disagreement(cloud.points, normals)
+    if share > SUSPECT_DISAGREEMENT:
+        return f"{share:.0%} of the normals contradict the others on which side is outside: use --normals estimate"
+    return "try another seed or preset"
+
+
+def _keep_thread_limit() -> None:
+    """Let PyTorch count no more threads than OMP_THREAD_LIMIT grants.
+
+    It does not look there, and where OpenMP grants fewer threads than it counts, oneDNN leaves the other threads' parts
+    of a bfloat16 product as they lay in memory, without an error.
+    """
+    limit = os.environ.get("OMP_THREAD_LIMIT", "").strip()
+    if limit.isdecimal() and 0 < int(limit) < torch.get_num_threads():
+        torch.set_num_threads(int(limit))
 
 
 def computes_in_bfloat16(device: torch.device) -> bool:
@@ -258,7 +294,7 @@ def _health(model: Siren, samples: Samples, *, loss: float) -> Health:
     beside = [model(points + side * samples.spacing * normals) * side < 0 for side in (1, -1)]
     return Health(
         loss=loss,
-        wrong_signs=float(wrong.sum() / held.trusted.sum().clamp_min(1)),
+        wrong_signs=float(wrong.sum() / held.trusted.sum().clamp_min(FEWEST_SIGNS)),
         wrong_sides=float(torch.cat(beside).float().mean()),
         eikonal=float(eikonal_loss(gradient)),
         surface=float((on.abs() / on_gradient.norm(dim=-1).clamp_min(1e-6)).mean()),

@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+from scipy.spatial import cKDTree
 
 import sdfserver
 from sdfserver.cloud import Frame, PointCloud, drop_strays, validate
@@ -27,6 +28,7 @@ from sdfserver.mesh import (
     trim_to_points,
 )
 from sdfserver.metrics import cloud_to_mesh, mesh_health
+from sdfserver.winding import mean_spacing, point_areas
 
 REPORT_FORMAT = 1
 STAGES = {"prepare": 0.05, "fit": 0.75, "mesh": 0.15, "measure": 0.05}
@@ -178,7 +180,8 @@ def fit_field(
         given = len(cloud.points)
         cloud, strays = drop_strays(cloud)  # first: one far stray makes the rest look like a single place
         cloud = validate(cloud)
-        frame = Frame.around(cloud.points)
+        spacing = mean_spacing(point_areas(cloud.points, cKDTree(cloud.points)))
+        frame = Frame.around(cloud.points, margin=spacing)
         cloud_unit = PointCloud(points=frame.to_unit(cloud.points), normals=cloud.normals)
     with clock.running("fit"):
         siren, fit_report = fit(
@@ -287,6 +290,7 @@ def _fit_section(report: FitReport, frame: Frame) -> dict[str, Any]:
         "losses": report.losses,
         "trusted_share": report.trusted_share,
         "noise": report.noise / frame.scale,
+        "omega": report.omega,
         "held_out": {
             "surface_distance": report.health.surface / frame.scale,
             "wrong_signs": report.health.wrong_signs,

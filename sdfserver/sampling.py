@@ -3,7 +3,6 @@
 Everything in the unit frame; sdf < 0 inside; normals point outward.
 """
 
-import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,7 +14,7 @@ from torch import Tensor
 from sdfserver.cloud import PointCloud
 from sdfserver.config import PoolConfig
 from sdfserver.errors import CloudError
-from sdfserver.winding import Dipoles, dipole_levels, point_areas, winding_number
+from sdfserver.winding import Dipoles, dipole_levels, mean_spacing, point_areas, winding_number
 
 FAR_SPACINGS = 4
 """Beyond this many mean spacings the nearest point of the cloud is as far as the surface, for the fit's purposes."""
@@ -85,7 +84,7 @@ def draw_samples(cloud_unit: PointCloud, config: PoolConfig, rng: np.random.Gene
         raise CloudError("the cloud has no normals; a signed distance cannot be fitted to it")
     tree = cKDTree(points)
     areas = point_areas(points, tree)
-    spacing = math.sqrt(areas.mean())
+    spacing = mean_spacing(areas)
     pool = _space_pool(points, tree, dipole_levels(points, normals, areas), spacing, config, rng)
     shuffled = rng.permutation(len(points))
     n_held = min(max(MIN_HELD_POINTS, round(HELD_SHARE * len(points))), MAX_HELD_POINTS)

@@ -44,6 +44,11 @@ def point_areas(points: NDArray[np.float64], tree: cKDTree) -> NDArray[np.float6
     return areas
 
 
+def mean_spacing(areas: NDArray[np.float64]) -> float:
+    """The mean distance between neighbouring points that stand for `areas` (n,)."""
+    return math.sqrt(areas.mean())
+
+
 def dipoles(
     points: NDArray[np.float64], normals: NDArray[np.float64], areas: NDArray[np.float64], *, size: int = 3000
 ) -> Dipoles:

@@ -1,5 +1,7 @@
 """Analytic clouds for the tests."""
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,6 +19,15 @@ def sphere(n: int = 2000, *, radius: float = 1.0, seed: int = 0) -> PointCloud:
     """n points of a sphere, normals outward."""
     normals = directions(n, seed)
     return PointCloud(points=radius * normals, normals=normals)
+
+
+def even_sphere(n: int) -> PointCloud:
+    """n points spread evenly over the unit sphere, along Fibonacci's spiral; normals outward."""
+    z = 1 - (2 * np.arange(n) + 1) / n
+    turn = np.pi * (1 + math.sqrt(5)) * np.arange(n)
+    radius = np.sqrt(1 - z * z)
+    normals = np.stack([radius * np.cos(turn), radius * np.sin(turn), z], axis=1)
+    return PointCloud(points=normals, normals=normals)
 
 
 def torus(n: int = 4000, *, major: float = 0.65, minor: float = 0.25, seed: int = 0) -> PointCloud:

@@ -73,6 +73,13 @@ def test_the_frame_puts_the_cloud_into_the_unit_box_and_back():
     np.testing.assert_allclose(frame.to_world(unit), points, rtol=0, atol=2e-9)
 
 
+def test_the_frame_keeps_a_margin_around_a_cloud_of_few_points():
+    points = sphere().points * [3, 2, 1]
+    assert Frame.around(points, margin=0.1).scale == Frame.around(points).scale
+    wide = Frame.around(points, margin=1.5)
+    assert (wide.to_unit(points).max(axis=0) + 1.5 * wide.scale).max() == pytest.approx(1, abs=1e-3)
+
+
 # Validation
 
 

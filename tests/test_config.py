@@ -19,6 +19,7 @@ from sdfserver.errors import ConfigError
         (FitConfig, {"learning_rate": 0.0}),
         (FitConfig, {"warm_start_share": 2.0}),
         (FitConfig, {"noise_range": (2.0, 1.0)}),
+        (FitConfig, {"omega_spacing": 0.0}),
         (MeshConfig, {"resolution": 4}),
         (MeshConfig, {"target_faces": 2}),
         (MeshConfig, {"level_world": float("inf")}),
@@ -48,3 +49,10 @@ def test_cleaner_points_bind_harder_within_bounds() -> None:
     assert surface == pytest.approx([factor * config.weights.surface for factor in (high, 2, 1, low)])
     assert config.weights_for(reference / 2).eikonal == config.weights.eikonal
     assert PRESETS["paper"].fit.weights_for(0.0) == PRESETS["paper"].fit.weights
+
+
+def test_points_far_apart_lower_omega_but_not_for_the_published_recipe() -> None:
+    config = FitConfig()
+    assert [config.omega_for(30.0, spacing) for spacing in (0.0, 0.05, 0.2)] == pytest.approx([30, 30, 15])
+    assert config.omega_for(5.0, 0.2) == 5
+    assert PRESETS["paper"].fit.omega_for(30.0, 0.2) == 30

@@ -1,28 +1,37 @@
 """The loop: what it finds, that it repeats, and that it never ends badly in silence."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from shapes import bowl, sphere, torus
+from shapes import bowl, directions, even_sphere, sphere, torus
 
 import sdfserver.fit as fit_module
 from sdfserver.cloud import Frame, PointCloud
 from sdfserver.config import PRESETS, FitConfig, NetworkConfig, PoolConfig
 from sdfserver.errors import DivergenceError, Stopped
 from sdfserver.fit import FitProgress, FitReport, Health, fit
+from sdfserver.sampling import draw_samples
 from sdfserver.siren import Siren
 
 NETWORK = NetworkConfig(hidden=64, layers=3, omega=10.0)
+SHARP = NetworkConfig(hidden=128, layers=3)
 CONFIG = FitConfig(steps=200, learning_rate=2e-3, batch_surface=400, batch_space=400, pool=PoolConfig(size=5000))
 CPU = torch.device("cpu")
 HEALTHY = Health(loss=1.0, wrong_signs=0.0, wrong_sides=0.0, eikonal=0.1, surface=0.01)
 
 
-def run(cloud: PointCloud, config: FitConfig = CONFIG, **options: object) -> tuple[Siren, FitReport]:
+def run(
+    cloud: PointCloud, config: FitConfig = CONFIG, *, network: NetworkConfig = NETWORK, **options: object
+) -> tuple[Siren, FitReport]:
     frame = Frame.around(cloud.points)
     unit = PointCloud(points=frame.to_unit(cloud.points), normals=cloud.normals)
-    return fit(unit, NETWORK, config, device=CPU, **options)  # type: ignore[arg-type]
+    return fit(unit, network, config, device=CPU, **options)  # type: ignore[arg-type]
 
 
 def parameters(siren: Siren) -> torch.Tensor:
@@ -74,8 +83,52 @@ def test_normals_turned_at_random_are_an_error_not_a_field() -> None:
     cloud = sphere(2000)
     assert cloud.normals is not None
     signs = torch.randint(2, (2000, 1), generator=torch.Generator().manual_seed(0)).numpy() * 2 - 1
-    with pytest.raises(DivergenceError):
+    with pytest.raises(DivergenceError, match="% of the normals contradict the others"):
         run(PointCloud(points=cloud.points, normals=cloud.normals * signs))
+
+
+def test_normals_that_point_inward_are_named_where_a_fit_fails_and_good_ones_are_not() -> None:
+    cloud = torus(1000)
+    assert cloud.normals is not None
+    hopeless = replace(CONFIG, steps=50, learning_rate=1e30)
+    with pytest.raises(DivergenceError, match="the normals seem to point inward"):
+        run(PointCloud(points=cloud.points, normals=-cloud.normals), hopeless)
+    with pytest.raises(DivergenceError, match=r"not finite; try another seed or preset$"):
+        run(cloud, hopeless)
+
+
+def test_a_hundred_points_are_enough_for_a_sphere() -> None:
+    cloud = even_sphere(100)
+    siren, report = run(cloud, replace(CONFIG, learning_rate=7e-4), network=SHARP)
+    assert report.restarts == ()
+    assert report.omega == siren.config.omega < SHARP.omega
+    x = 0.9 * torch.from_numpy(directions(1000, 1)).float()
+    with torch.no_grad():
+        assert siren(x).abs().max() < 0.04
+        # Nothing between the surface and the border of what is searched for it.
+        assert (siren(x * 1.1) > 0).all()
+
+
+def test_many_points_leave_omega_alone() -> None:
+    siren, _ = run(sphere(2000), replace(CONFIG, learning_rate=7e-4), network=SHARP)
+    assert siren.config == SHARP
+
+
+def test_a_limit_on_threads_below_what_pytorch_counts_is_kept() -> None:
+    # In a process of its own: OpenMP reads the limit once, when it is loaded.
+    code = """
+import torch
+from shapes import sphere
+from sdfserver.fit import fit
+from test_fit import CONFIG, CPU, NETWORK
+torch.set_num_threads(2)
+_, report = fit(sphere(1000, radius=0.9), NETWORK, CONFIG, device=CPU)
+assert torch.get_num_threads() == 1
+assert report.restarts == ()
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    environment |= {"OMP_THREAD_LIMIT": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=60)
 
 
 def test_the_fit_goes_back_to_its_last_good_state_once_and_halves_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,6 +171,27 @@ def test_the_guard_names_what_is_wrong(change: dict[str, float], fault: str | No
     found = replace(HEALTHY, **change).fault
     assert (found is None) == (fault is None)
     assert fault is None or fault in str(found)
+
+
+@pytest.mark.parametrize(("n_wrong", "healthy"), [(0, True), (2, True), (40, False)])
+def test_a_few_wrong_signs_are_a_collapse_only_where_nearly_all_are_wrong(n_wrong: int, healthy: bool) -> None:
+    samples = draw_samples(sphere(1000, radius=0.9), CONFIG.pool, np.random.default_rng(0))
+    trusted = torch.zeros(len(samples.held_pool), dtype=torch.bool)
+    trusted[samples.held_pool.trusted.nonzero()[:40, 0]] = True
+    samples = replace(samples, held_pool=replace(samples.held_pool, trusted=trusted))
+
+    class Ball:
+        def __call__(self, x: torch.Tensor) -> torch.Tensor:
+            return x.norm(dim=1) - 0.9
+
+        def value_and_gradient(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            phi = self(x)
+            if x is samples.held_pool.points:
+                phi[trusted.nonzero()[:n_wrong, 0]] *= -1
+            return phi, x / x.norm(dim=1, keepdim=True)
+
+    health = fit_module._health(Ball(), samples, loss=1.0)  # type: ignore[arg-type]
+    assert (health.fault is None) == healthy
 
 
 def test_an_open_surface_without_a_trusted_inside_is_fitted() -> None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from shapes import sphere, torus
+from shapes import even_sphere, sphere, torus
 
 from sdfserver.cloud import PointCloud
 from sdfserver.config import FitConfig, MeshConfig, NetworkConfig, PoolConfig
@@ -90,6 +90,14 @@ def test_far_strays_do_not_shrink_the_shape() -> None:
     job = quick(PointCloud(points=np.vstack([cloud.points, strays]), normals=np.vstack([cloud.normals, np.eye(3)])))
     assert job.report["cloud"]["strays_dropped"] == 3
     assert torus_distance(job.mesh.vertices).max() < 0.05
+
+
+def test_a_cloud_of_few_points_is_closed_with_a_spacing_of_room_around_it() -> None:
+    job = quick(even_sphere(60))
+    assert (job.report["mesh"]["watertight"], job.report["mesh"]["genus"]) == (True, 0)
+    assert np.abs(np.linalg.norm(job.mesh.vertices, axis=1) - 1).max() < 0.1
+    spacing = np.sqrt(4 * np.pi / 60)
+    assert 1 / job.field.frame.scale == pytest.approx(1 + spacing, rel=0.1)
 
 
 def test_progress_runs_through_the_stages_from_zero_to_one() -> None:
