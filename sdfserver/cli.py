@@ -23,6 +23,7 @@ from typer.exceptions import TyperException
 import sdfserver
 from sdfserver.config import PRESETS, MeshConfig
 from sdfserver.errors import (
+    DEBUG,
     CloudError,
     ConfigError,
     DeviceError,
@@ -45,8 +46,6 @@ USER_STATUSES = (400, 401, 403, 413, 415, 422)
 """A server's way to say the same: in its refusal, or as the reason why a job failed."""
 API_KEY = "SDFSERVER_API_KEY"
 """The key is read from this variable or from a file: the arguments of a process are for all to see."""
-DEBUG = "SDFSERVER_DEBUG"
-"""Set in the environment, it lets tracebacks and third-party warnings through."""
 INTERRUPTED = 130
 
 Preset = Literal["draft", "standard", "fine", "paper"]

@@ -26,6 +26,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from sdfserver.schemas import Problem
 
+DEBUG = "SDFSERVER_DEBUG"
+"""Set in the environment, it lets tracebacks and third-party warnings through."""
+
 
 class SdfServerError(Exception):
     """The root of the tree; its message is one line, fit for a user."""

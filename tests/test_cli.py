@@ -18,6 +18,7 @@ from sdfserver import cli
 from sdfserver.cloud import PointCloud
 from sdfserver.config import PRESETS
 from sdfserver.errors import (
+    DEBUG,
     CloudError,
     CloudFormatError,
     ConfigError,
@@ -306,10 +307,10 @@ def test_the_unexpected_is_one_line_too(
 
     fit.during = fail
     arguments = ["reconstruct", knot, "-o", str(tmp_path / "a.ply")]
-    monkeypatch.delenv(cli.DEBUG, raising=False)
+    monkeypatch.delenv(DEBUG, raising=False)
     assert cli.main(arguments) == 1
     assert "unexpected ZeroDivisionError: oh no (set SDFSERVER_DEBUG=1" in one_line(capsys.readouterr().err)
-    monkeypatch.setenv(cli.DEBUG, "1")
+    monkeypatch.setenv(DEBUG, "1")
     with pytest.raises(ZeroDivisionError):
         cli.main(arguments)
 
@@ -329,7 +330,7 @@ def test_an_interrupt_is_one_line_and_exit_130(
 def test_other_packages_warnings_are_not_shown(
     fit: Fit, knot: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv(cli.DEBUG, raising=False)
+    monkeypatch.delenv(DEBUG, raising=False)
     fit.during = lambda options: warnings.warn("for developers", UserWarning, stacklevel=1)
     assert cli.main(["reconstruct", knot, "-o", str(tmp_path / "a.ply"), "--quiet"]) == 0
     assert capsys.readouterr().err == ""

@@ -7,12 +7,11 @@ its parent: nobody would hear it.
 import contextlib
 import errno
 import json
+import logging
 import os
 import signal
-import sys
 import threading
 import time
-import traceback
 from dataclasses import dataclass, replace
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection
@@ -33,10 +32,13 @@ from sdfserver.errors import (
 )
 from sdfserver.schemas import JobOptions, MeshOptions
 from sdfserver.server.artifacts import CLOUD, FIELD, FIT_REPORT, MESH, REPORT, sync
+from sdfserver.server.logs import set_up_logging
 
 if TYPE_CHECKING:
     from sdfserver.cloud import PointCloud
     from sdfserver.reconstruct import Progress
+
+log = logging.getLogger(__name__)
 
 STOP = "stop"
 READY = "ready"
@@ -96,6 +98,7 @@ def main(connection: Connection, threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the parent's to handle
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.nice(NICENESS)
+    set_up_logging()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     # Before torch: its threads wait for each other asleep. Spinning, a fit on two threads all but stops as soon as
     # something else wants one of the cores.
@@ -151,12 +154,12 @@ def _run(task: FitTask | MeshTask, reporter: _Reporter) -> Outcome:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return Outcome(how="failed", problem="disk-full", detail="the disk filled up while the job ran")
-        traceback.print_exc(file=sys.stderr)
+        log.exception("a job failed")
         return _INTERNAL
-    except Exception as error:  # noqa: BLE001 - a job's fault must not end the process, and is told in the log
+    except Exception as error:  # a job's fault must not end the process, and is told in the log
         if _out_of_memory(error):
             return Outcome(how="failed", problem="memory", detail="the job needed more memory than there is")
-        traceback.print_exc(file=sys.stderr)
+        log.exception("a job failed")
         return _INTERNAL
     finally:
         _free_device_memory()

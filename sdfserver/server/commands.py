@@ -1,6 +1,6 @@
 """The commands that run the service: serve, api, worker, keys. Nothing heavy is imported before one is run."""
 
-import logging
+import socket
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -89,16 +89,19 @@ def api(
     fd: Annotated[int | None, typer.Option(hidden=True, help="A socket that listens already.")] = None,
 ) -> None:
     """Serve the HTTP interface alone; workers on this and other hosts share its database and data folder."""
-    from sdfserver.server.supervisor import check_public, open_store, run_api, watch_parent
+    from sdfserver.server.supervisor import check_public, listen, open_store, run_api, url_of, watch_parent
 
     settings = _settings(host=host, port=port, data_dir=data_dir)
     if fd is None:
         store = open_store(settings)
         check_public(settings, store)
         store.close()
-        _say(f"serving the interface on http://{settings.host}:{settings.port}, without a worker")
+        listener = listen(settings)
+        _say(f"serving the interface on {url_of(listener)}, without a worker")
+    else:
+        listener = socket.socket(fileno=fd)
     watch_parent()
-    run_api(settings, fd)
+    run_api(settings, listener)
 
 
 def worker(data_dir: DataDir = None, device: Device = None) -> None:
@@ -151,11 +154,10 @@ def revoke_key(
 
 
 def _settings(**overrides: Any) -> "Settings":
+    from sdfserver.server.logs import set_up_logging
     from sdfserver.server.settings import load_settings
 
-    logging.basicConfig(level=logging.INFO, format="sdfserver: %(message)s", stream=sys.stderr, force=True)
-    for name in ("httpx", "sqlalchemy"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    set_up_logging()
     return load_settings(**overrides)
 
 

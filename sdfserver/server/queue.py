@@ -8,7 +8,6 @@ Every worker process has an executor id of its own, so that DBOS's recovery at l
 path of recovery, and it is the store's.
 """
 
-import logging
 import math
 from collections.abc import Callable, Sequence
 
@@ -40,7 +39,6 @@ class JobQueue:
     @staticmethod
     def create_tables(url: str) -> None:
         """Make the engine's tables, or bring them up to date."""
-        _quiet()
         DBOS.migrate(url)
 
     def enqueue(self, connection: Connection, job_id: str, order: int) -> None:
@@ -89,7 +87,6 @@ def take_jobs(
     `fit` and `mesh` are the durable steps. Whatever `fit` returns is kept, and not computed again if `mesh` is cut
     off; None ends the job.
     """
-    _quiet()
     config: DBOSConfig = {
         "name": APPLICATION,
         "system_database_engine": store.engine,
@@ -99,7 +96,7 @@ def take_jobs(
         "application_version": VERSION,
         "run_migrations": False,
         "use_listen_notify": False,
-        "log_level": "WARNING",
+        "log_level": "WARNING",  # it sets its logger's level itself
     }
     DBOS(config=config)
 
@@ -126,7 +123,3 @@ def take_jobs(
         DBOS.destroy(workflow_completion_timeout_sec=math.ceil(seconds))
 
     return stop
-
-
-def _quiet() -> None:
-    logging.getLogger("dbos").setLevel(logging.WARNING)
