@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sdfserver.schemas import JobState
 from sdfserver.server.artifacts import Artifacts
+from sdfserver.server.liveness import living
 from sdfserver.server.problems import ProblemError
 from sdfserver.server.queue import JobQueue
 from sdfserver.server.routes import MAX_JSON_BYTES, Service, TheService, answers, invalid, problem_response, router
@@ -52,7 +53,7 @@ def create_app(settings: Settings) -> FastAPI:
             store=store,
             queue=queue,
             artifacts=artifacts,
-            view=QueueView(store),
+            view=QueueView(store, settings.lease_seconds),
             converting=asyncio.Semaphore(1),
             receiving=CapacityLimiter(8),
             creating=CapacityLimiter(1),
@@ -93,14 +94,14 @@ def _add_service_routes(app: FastAPI, metrics: "_Metrics") -> None:
     def ready(service: TheService) -> str:
         """Whether the database answers and a worker is there to take jobs."""
         service.store.check()
-        if not service.store.workers():
+        if not living(service.store, service.settings.lease_seconds):
             raise ProblemError("not-ready", "no worker is running; start one with 'sdfserver worker'")
         return "ready\n"
 
     @app.get("/metrics", response_class=PlainTextResponse, tags=["service"])
     def prometheus(service: TheService) -> Response:
         """Figures for Prometheus."""
-        return Response(metrics.text(service.store), media_type=CONTENT_TYPE_LATEST)
+        return Response(metrics.text(service), media_type=CONTENT_TYPE_LATEST)
 
 
 class _Metrics:
@@ -118,11 +119,11 @@ class _Metrics:
         self._jobs = Gauge("sdfserver_jobs", "Jobs by state", ["state"], registry=self._registry)
         self._workers = Gauge("sdfserver_workers", "Workers that are alive", registry=self._registry)
 
-    def text(self, store: Store) -> bytes:
-        counts = store.counts()
+    def text(self, service: Service) -> bytes:
+        counts = service.store.counts()
         for state in JobState:
             self._jobs.labels(state.value).set(counts.get(state.value, 0))
-        self._workers.set(len(store.workers()))
+        self._workers.set(len(living(service.store, service.settings.lease_seconds)))
         return generate_latest(self._registry)
 
 

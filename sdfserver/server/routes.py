@@ -42,6 +42,7 @@ from sdfserver.schemas import (
 )
 from sdfserver.server import fields
 from sdfserver.server.artifacts import FIELD, MESH, REPORT, Artifacts
+from sdfserver.server.liveness import living
 from sdfserver.server.problems import KINDS, MEDIA_TYPE, ProblemError
 from sdfserver.server.queue import JobQueue
 from sdfserver.server.settings import Settings
@@ -629,7 +630,7 @@ def get_options(service: TheService, _owner: Owner) -> OptionsInfo:
             if preset.fit.steps <= settings.max_steps
         },
         default_preset="standard",
-        devices=sorted({worker.device for worker in service.store.workers()}),
+        devices=sorted({worker.device for worker in living(service.store, service.settings.lease_seconds)}),
         limits=ServerLimits(
             upload_bytes=settings.max_upload_bytes,
             points=settings.max_points,

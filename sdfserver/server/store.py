@@ -81,9 +81,11 @@ workers = Table(
     Column("id", String(64), primary_key=True),
     Column("host", String(255), nullable=False),
     Column("pid", Integer, nullable=False),
+    Column("started", BigInteger),  # ticks from the boot: tells the process from a later one of its number
     Column("device", String(64), nullable=False),
     Column("beat_at", Float, nullable=False),
     Column("retired", Boolean, nullable=False, default=False),
+    Column("heir", String(64)),  # the worker that puts a retired one's jobs back into the queue
 )
 api_keys = Table(
     "api_keys",
@@ -442,11 +444,13 @@ class Store:
 
     # Workers
 
-    def register_worker(self, worker: str, *, host: str, pid: int, device: str) -> None:
+    def register_worker(self, worker: str, *, host: str, pid: int, started: int | None, device: str) -> None:
         """Add a worker; its id has never been used before."""
         with self.engine.begin() as connection:
             connection.execute(
-                sa.insert(workers).values(id=worker, host=host, pid=pid, device=device, beat_at=self.now)
+                sa.insert(workers).values(
+                    id=worker, host=host, pid=pid, started=started, device=device, beat_at=self.now
+                )
             )
 
     def beat(self, worker: str) -> bool:
@@ -460,22 +464,32 @@ class Store:
         with self.engine.begin() as connection:
             connection.execute(sa.update(workers).where(workers.c.id == worker).values(retired=True))
 
-    def retire_process(self, host: str, pid: int) -> None:
-        """Take the worker with this process for dead."""
-        with self.engine.begin() as connection:
-            here = workers.c.host == host, workers.c.pid == pid
-            connection.execute(sa.update(workers).where(*here).values(retired=True))
-
-    def retire_silent(self, lease_seconds: float) -> None:
-        """Take those workers for dead that have not been heard of for the length of a lease."""
-        with self.engine.begin() as connection:
-            silent = workers.c.retired.is_(False), workers.c.beat_at < self.now - lease_seconds
-            connection.execute(sa.update(workers).where(*silent).values(retired=True))
-
-    def workers(self, *, retired: bool = False) -> Sequence[Row]:
-        """The workers that are alive, or those that are not."""
+    def workers(self) -> Sequence[Row]:
+        """The workers that have not been taken for dead; `silence` is the seconds since the last beat of each."""
+        silence = (self.now - workers.c.beat_at).label("silence")
         with self._read() as connection:
-            return connection.execute(sa.select(workers).where(workers.c.retired.is_(retired))).all()
+            return connection.execute(sa.select(workers, silence).where(workers.c.retired.is_(False))).all()
+
+    def inherit(self, worker: str) -> list[str]:
+        """The retired workers whose jobs are for `worker`, and nobody else while it lives, to put back into the queue.
+
+        If two did that for one job, the second could take it away from whoever runs it by then.
+        """
+        with self._read() as connection:
+            if connection.execute(sa.select(workers.c.id).where(workers.c.retired.is_(True))).first() is None:
+                return []
+        alive = workers.alias()
+        living = sa.select(alive.c.id).where(alive.c.retired.is_(False))
+        with self.engine.begin() as connection:
+            if not self._alive(connection, worker):
+                return []
+            connection.execute(
+                sa.update(workers)
+                .where(workers.c.retired.is_(True), workers.c.heir.is_(None) | workers.c.heir.notin_(living))
+                .values(heir=worker)
+            )
+            mine = workers.c.retired.is_(True), workers.c.heir == worker
+            return list(connection.execute(sa.select(workers.c.id).where(*mine)).scalars())
 
     def forget_workers(self, ids: Sequence[str]) -> None:
         """Remove workers that are dead and have nothing left to recover."""

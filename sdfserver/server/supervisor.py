@@ -4,6 +4,8 @@ The parent holds the listening socket: while the API is being started again, con
 others end with the parent: each watches a pipe that only the parent holds open.
 """
 
+import contextlib
+import errno
 import ipaddress
 import logging
 import os
@@ -16,10 +18,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import psutil
 import uvicorn
+from sqlalchemy.exc import SQLAlchemyError
 
 from sdfserver.errors import ConfigError
+from sdfserver.server.liveness import Identity, Watch, identity
 from sdfserver.server.settings import Settings
 from sdfserver.server.store import Row, Store
 from sdfserver.server.worker import prepare_storage
@@ -32,6 +35,8 @@ LOOK_SECONDS = 0.2
 CALM_SECONDS, LONGEST_PAUSE = 10.0, 10.0
 """A process that lives shorter than this waits before it is started again, longer each time."""
 API_GRACE_SECONDS = 5.0
+PORT_SECONDS = 2.0
+"""How long a taken port is waited for: the API of a supervisor that was killed takes a moment to let go of it."""
 
 
 def check_public(settings: Settings, store: Store) -> None:
@@ -54,17 +59,22 @@ def is_loopback(host: str) -> bool:
 
 def listen(settings: Settings) -> socket.socket:
     """A socket that listens where the settings say. Raises ConfigError."""
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((settings.host, settings.port))
-        listener.listen(2048)
-    except (OSError, UnicodeError) as error:
-        listener.close()
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ConfigError(f"cannot listen on {settings.host}:{settings.port}: {reason}; take another --port") from None
-    return listener
+    deadline = time.monotonic() + PORT_SECONDS
+    while True:
+        listener = socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((settings.host, settings.port))
+            listener.listen(2048)
+            return listener
+        except (OSError, UnicodeError) as error:
+            listener.close()
+            if getattr(error, "errno", None) == errno.EADDRINUSE and time.monotonic() < deadline:
+                time.sleep(0.1)
+                continue
+            reason = getattr(error, "strerror", None) or str(error)
+            message = f"cannot listen on {settings.host}:{settings.port}: {reason}; take another --port"
+            raise ConfigError(message) from None
 
 
 def url_of(listener: socket.socket) -> str:
@@ -74,13 +84,13 @@ def url_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def run_api(settings: Settings, descriptor: int | None = None) -> None:
-    """Serve HTTP until SIGTERM or SIGINT, on the socket of `descriptor` or one of its own."""
+def run_api(settings: Settings, listener: socket.socket) -> None:
+    """Serve HTTP on a socket that listens, until SIGTERM or SIGINT."""
     from sdfserver.server.app import create_app
 
-    listener = socket.socket(fileno=descriptor) if descriptor is not None else listen(settings)
     config = uvicorn.Config(
         create_app(settings),
+        log_config=None,
         log_level="warning",
         access_log=False,
         server_header=False,
@@ -120,10 +130,11 @@ class Supervisor:
 
     def __init__(self, settings: Settings, listener: socket.socket, store: Store) -> None:
         self._settings, self._listener, self._store = settings, listener, store
-        self._host = socket.gethostname()
+        self._watch = Watch(store, settings.lease_seconds)
         self._lifeline, self._our_end = os.pipe()
-        os.set_inheritable(self._lifeline, True)
-        self._processes = [_Process(name="api", start=lambda: self._spawn("api", "--fd", str(listener.fileno())))]
+        # The socket is for the API alone: a worker that outlived a killed supervisor would keep the port taken.
+        fd = listener.fileno()
+        self._processes = [_Process(name="api", start=lambda: self._spawn("api", "--fd", str(fd), pass_fd=fd))]
         self._processes += [
             _Process(name=f"worker {i + 1}", start=lambda: self._spawn("worker")) for i in range(settings.workers)
         ]
@@ -141,18 +152,18 @@ class Supervisor:
             try:
                 for process in self._processes:
                     self._look(process)
-                self._kill_retired()
+                self._kill_hanging()
             except Exception:
                 log.exception("the supervisor could not look after its processes; it tries again")
         self._end()
 
-    def _spawn(self, *command: str) -> subprocess.Popen[bytes]:
+    def _spawn(self, *command: str, pass_fd: int | None = None) -> subprocess.Popen[bytes]:
         settings = self._settings.model_dump(mode="json", exclude_none=True)
         environment = {f"SDFSERVER_{name.upper()}": str(value) for name, value in settings.items()}
         return subprocess.Popen(  # noqa: S603 - ourselves
             [sys.executable, "-m", "sdfserver", *command],
             env=os.environ | environment | {LIFELINE: str(self._lifeline)},
-            pass_fds=[self._lifeline, self._listener.fileno()],
+            pass_fds=[self._lifeline] if pass_fd is None else [self._lifeline, pass_fd],
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # a terminal's Ctrl-C is the supervisor's, who ends them in order
         )
@@ -167,25 +178,33 @@ class Supervisor:
                 self._start(process)
         elif (code := process.running.poll()) is not None:
             log.warning("%s ended with code %s, and is started again", process.name, code)
-            self._store.retire_process(self._host, process.running.pid)
             process.failures = 0 if now - process.started_at > CALM_SECONDS else process.failures + 1
             # The first time at once: a job waits for its worker.
             pause = 0.0 if process.failures <= 1 else min(LONGEST_PAUSE, 2.0 ** (process.failures - 2))
             process.running, process.start_at = None, now + pause
             self._look(process)
 
-    def _kill_retired(self) -> None:
-        """Kill workers of ours that have been taken for dead, as they are if they hang, and are not."""
-        self._store.retire_silent(self._settings.lease_seconds)
-        alive = {row.pid for row in self._store.workers() if row.host == self._host}
+    def _kill_hanging(self) -> None:
+        """Retire the workers that are dead, and kill those of ours that hang."""
+        for row in self._watch.dead():
+            for process in self._processes:
+                # First: it may have been stopped in the middle of a write, and nobody else could write.
+                if process.running is not None and identity(process.running.pid) == _identity_of(row):
+                    self._kill(process)
+            self._store.retire(row.id)
+        alive = [_identity_of(row) for row in self._store.workers()]
         for process in self._processes:
-            if process.running is None:
-                continue
-            if process.running.pid in alive:
+            if process.running is not None and identity(process.running.pid) in alive:
                 process.registered = True
-            elif process.registered:
-                log.warning("%s does not answer, and is killed", process.name)
-                process.running.kill()
+            elif process.registered:  # somebody else has taken it for dead
+                self._kill(process)
+
+    @staticmethod
+    def _kill(process: _Process) -> None:
+        if process.running is not None and process.running.poll() is None:
+            log.warning("%s does not answer, and is killed", process.name)
+            process.running.kill()
+            process.running.wait()
 
     def _end(self) -> None:
         # The API first: what it accepts now would wait until the next start.
@@ -201,7 +220,9 @@ class Supervisor:
                 except subprocess.TimeoutExpired:
                     running.kill()
                     running.wait()
-                self._store.retire_process(self._host, running.pid)
+        with contextlib.suppress(SQLAlchemyError):  # the next to look will see it as well
+            for row in self._watch.dead():
+                self._store.retire(row.id)
 
 
 def serve(settings: Settings, on_listening: Callable[[str], None]) -> None:
@@ -210,8 +231,6 @@ def serve(settings: Settings, on_listening: Callable[[str], None]) -> None:
     store = open_store(settings)
     check_public(settings, store)
     listener = listen(settings)
-    listener.set_inheritable(True)
-    _retire_dead_processes(store)
     supervisor = Supervisor(settings, listener, store)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: supervisor.stop())
@@ -221,8 +240,6 @@ def serve(settings: Settings, on_listening: Callable[[str], None]) -> None:
 
 def open_store(settings: Settings) -> Store:
     """The store, with its tables and folders made. Raises ConfigError where it cannot be had."""
-    from sqlalchemy.exc import SQLAlchemyError
-
     from sdfserver.server.artifacts import Artifacts
 
     try:
@@ -236,20 +253,5 @@ def open_store(settings: Settings) -> Store:
     return store
 
 
-def _retire_dead_processes(store: Store) -> None:
-    """Do not wait for the leases of workers of this host whose processes are gone."""
-    host = socket.gethostname()
-    for row in store.workers():
-        if row.host == host and not _lives(row):
-            store.retire(row.id)
-
-
-def _lives(row: Row) -> bool:
-    """Whether the worker's process is there: not a zombie that nobody reaps, and not a later one of its number."""
-    try:
-        process = psutil.Process(row.pid)
-        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= row.beat_at + 1.0
-    except psutil.NoSuchProcess:
-        return False
-    except psutil.AccessDenied:
-        return True
+def _identity_of(row: Row) -> Identity:
+    return Identity(host=row.host, pid=row.pid, started=row.started)

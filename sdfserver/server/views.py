@@ -8,6 +8,7 @@ from threading import Lock
 from typing import Any
 
 from sdfserver.schemas import Job, JobKind, JobState, Links, Problem
+from sdfserver.server.liveness import living
 from sdfserver.server.store import EVENT_COLUMNS, Row, Store
 
 JOBS = "/v1/jobs"
@@ -24,8 +25,8 @@ class _Turns:
 class QueueView:
     """Whose turn is when: positions in the queue and, where durations have been measured, seconds to the end."""
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    def __init__(self, store: Store, lease_seconds: float) -> None:
+        self._store, self._lease = store, lease_seconds
         self._lock = Lock()
         self._seen_at = float("-inf")
         self._turns = _Turns()
@@ -46,7 +47,7 @@ class QueueView:
         if not queue:
             return _Turns()
         typical = self._store.typical_seconds()
-        workers = len(self._store.workers())
+        workers = len(living(self._store, self._lease))
         free_at, known = [0.0] * max(1, workers), workers > 0
         for row in queue:
             first = min(range(len(free_at)), key=free_at.__getitem__)

@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import psutil
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, OperationalError
 
 from sdfserver.schemas import JobKind, JobOptions, MeshJobOptions, Problem
 from sdfserver.server import child
 from sdfserver.server.artifacts import Artifacts
+from sdfserver.server.liveness import Sight, Watch, identity, sight
 from sdfserver.server.problems import problem
 from sdfserver.server.queue import JobQueue, take_jobs
 from sdfserver.server.settings import Settings
@@ -44,6 +45,8 @@ STORE_SECONDS = 1.0
 """Progress reaches the store at most this often."""
 ASK_SECONDS, TERMINATE_SECONDS = 0.4, 0.2
 """How long a child may take to stop by itself, and then to end on SIGTERM. Together well under a second."""
+STARTING_SECONDS = 120.0
+"""A job's time begins when its process is there to compute, if that takes no longer than this."""
 RECOVER_SECONDS = 0.25
 FIT_SHARE = 0.8
 """Of a reconstruction's progress: the rest is meshing."""
@@ -85,6 +88,7 @@ class Worker:
         self._id = f"{socket.gethostname()[:40]}-{secrets.token_hex(6)}"
         self._child: _Child | None = None
         self._attempt: Attempt | None = None
+        self._attempt_since = 0.0
         self._draining = threading.Event()
         self._leaving = threading.Event()
         self._beginning = threading.Lock()
@@ -101,10 +105,11 @@ class Worker:
         self._child = self._spawn()
         prepare_storage(self._settings, self._store, self._artifacts)
         queue = JobQueue(self._store)
+        self._store.register_worker(self._id, **vars(identity()), device=self._settings.device)
+        watch = Watch(self._store, self._settings.lease_seconds)
         # Before this worker takes any: a job that was cut off goes before those that wait.
-        recover(self._settings, self._store, queue)
-        self._store.register_worker(self._id, host=socket.gethostname(), pid=os.getpid(), device=self._settings.device)
-        for target in (self._beat, lambda: self._recover(queue), lambda: self._sweep(queue)):
+        self._recover(queue, watch)
+        for target in (self._beat, lambda: self._keep_recovering(queue, watch), lambda: self._sweep(queue)):
             threading.Thread(target=target, daemon=True).start()
         stop_taking = take_jobs(self._store, self._id, fit=self._fit, mesh=self._mesh)
         log.info("worker %s takes jobs", self._id)
@@ -258,6 +263,7 @@ class Worker:
                     _DIED,
                     self._settings.retention_seconds,
                 )
+                self._attempt_since = time.monotonic()
             return self._attempt
 
     def _stay_if_leaving(self) -> None:
@@ -271,7 +277,7 @@ class Worker:
         running = self._child = self._living_child()
         eta = _Eta(row, task, self._store.typical_seconds())
         limit = min(row.options.get("max_seconds") or float("inf"), self._settings.max_job_seconds)
-        deadline, stored_at, looked_at = time.monotonic() + limit, 0.0, 0.0
+        stored_at = looked_at = 0.0
         latest: Progress | None = None
         try:
             if running.ready:
@@ -281,6 +287,7 @@ class Worker:
                     message = running.connection.recv()
                     if message == child.READY:
                         running.ready = True
+                        self._attempt_since = time.monotonic()  # it had to wait for the process, not to compute
                         running.connection.send(task)
                     elif isinstance(message, child.Outcome):
                         return (End.DONE if message.how == "done" else End.FAILED), message
@@ -294,7 +301,7 @@ class Worker:
                 if not self._store.holds(attempt):
                     self._stop_child(running)
                     return End.LOST, nothing
-                if now > deadline:
+                if now - self._attempt_since > (limit if running.ready else max(limit, STARTING_SECONDS)):
                     self._kill()
                     detail = f"the job ran for more than {limit:g} s; take a quicker preset or a coarser resolution"
                     return End.FAILED, child.Outcome(how="failed", problem="time", detail=detail)
@@ -377,14 +384,33 @@ class Worker:
         self._kill()
         os._exit(1)
 
-    def _recover(self, queue: JobQueue) -> None:
-        """Put the jobs of dead workers back into the queue."""
+    def _keep_recovering(self, queue: JobQueue, watch: Watch) -> None:
         while True:
             try:
-                recover(self._settings, self._store, queue)
+                self._recover(queue, watch)
             except Exception:
                 log.exception("recovery failed; it is tried again")
             time.sleep(RECOVER_SECONDS)
+
+    def _recover(self, queue: JobQueue, watch: Watch) -> None:
+        """Retire workers that are dead, and put their jobs back into the queue."""
+        for row in watch.dead():
+            try:
+                self._store.retire(row.id)
+            except OperationalError:
+                # Stopped in the middle of a write, it keeps everybody from writing, and nobody watches over it.
+                if sight(row) is Sight.STOPPED:
+                    log.warning("worker %s holds the database, does not answer, and is killed", row.id)
+                    os.kill(row.pid, signal.SIGKILL)
+                raise
+        dead = self._store.inherit(self._id)
+        held = queue.held_by(dead)
+        for job_id, worker in held:
+            # In this order: cut off in between, it is found again and done again.
+            queue.resume([job_id])
+            self._store.lose(job_id, worker, self._settings.max_attempts, _DIED, self._settings.retention_seconds)
+        if dead and not held:
+            self._store.forget_workers(dead)
 
     def _sweep(self, queue: JobQueue) -> None:
         """Remove what has had its time."""
@@ -447,19 +473,6 @@ def prepare_storage(settings: Settings, store: Store, artifacts: Artifacts) -> N
     artifacts.create()
     store.create_tables()
     JobQueue.create_tables(settings.database)
-
-
-def recover(settings: Settings, store: Store, queue: JobQueue) -> None:
-    """Retire silent workers, and put their jobs back into the queue. Several processes may do so at once."""
-    store.retire_silent(settings.lease_seconds)
-    dead = [row.id for row in store.workers(retired=True)]
-    held = queue.held_by(dead)
-    for job_id, worker in held:
-        # In this order: cut off in between, it is found again and done again.
-        queue.resume([job_id])
-        store.lose(job_id, worker, settings.max_attempts, _DIED, settings.retention_seconds)
-    if dead and not held:
-        store.forget_workers(dead)
 
 
 def sweep(settings: Settings, store: Store, queue: JobQueue, artifacts: Artifacts) -> None:

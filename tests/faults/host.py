@@ -7,7 +7,8 @@ import sqlite3
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from sdfserver.io import read_cloud, read_mesh
 from sdfserver.metrics import cloud_to_mesh, mesh_health
 from sdfserver.schemas import JobState
 from sdfserver.server.artifacts import FIT_FILES, MESH, REPORT, Artifacts
+from sdfserver.server.liveness import living
 from sdfserver.server.store import Row, Store
 
 CLOUD = Path(__file__).resolve().parents[2] / "data" / "sparse.ply"
@@ -85,7 +87,7 @@ class Host:
             assert any(started.poll() is None for started in self._started), self.said()
             with suppress(httpx.HTTPError):
                 if httpx.get(f"{self.client.url}/health/ready", timeout=PATIENCE_S).is_success:
-                    return len(self.store.workers()) >= workers
+                    return len(living(self.store, PATIENCE_S)) >= workers
             return False
 
         until(answers)
@@ -121,26 +123,33 @@ class Host:
         until(lambda: not [process for process in processes if process in self.processes()])
         return at
 
-    def freeze(self, process: psutil.Process) -> None:
-        """SIGSTOP, but not in the middle of a write: SQLite's lock would stop everybody else as well."""
+    def freeze(self, process: psutil.Process, *, writing: bool = False) -> None:
+        """SIGSTOP; in the middle of a write of SQLite's, whose lock stops everybody else as well, or not then."""
         while True:
             process.suspend()
-            if self._unlocked():
+            if self._unlocked(timeout_s=2.0) is not writing and process.status() == psutil.STATUS_STOPPED:
                 return
             process.resume()
-            time.sleep(0.05)
+            time.sleep(0.003 if writing else 0.05)
 
-    def _unlocked(self) -> bool:
+    def _unlocked(self, timeout_s: float) -> bool:
         if not self.store.sqlite:
             return True
-        connection = sqlite3.connect(self.data / "sdfserver.sqlite3", timeout=2.0, isolation_level=None)
         try:
-            connection.execute("BEGIN IMMEDIATE")
+            with self.writing(timeout_s):
+                return True
         except sqlite3.OperationalError:
             return False
+
+    @contextmanager
+    def writing(self, timeout_s: float = PATIENCE_S) -> Iterator[None]:
+        """Holds SQLite's lock: nobody else writes meanwhile."""
+        connection = sqlite3.connect(self.data / "sdfserver.sqlite3", timeout=timeout_s, isolation_level=None)
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+            yield
         finally:
             connection.close()
-        return True
 
     def stop(self, process: psutil.Process) -> None:
         """SIGTERM, and wait for the end."""

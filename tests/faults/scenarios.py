@@ -123,6 +123,25 @@ def worker_frozen(host: Host, **settings: Any) -> tuple[Recovery, psutil.Process
     return Recovery([job], host.running(job, 2) - harmed), first
 
 
+def worker_frozen_writing(host: Host, *, supervised: bool, **settings: Any) -> Recovery:
+    """SIGSTOP of a worker that holds SQLite's lock: nobody else can write until it is killed."""
+    if supervised:
+        host.serve(**settings)
+    else:
+        host.start("api", **settings)
+        host.start("worker", **settings)
+        host.ready()
+    job = host.submit()
+    host.fitting(job)
+    first = host.process("worker")
+    if not supervised:
+        host.start("worker", **settings)
+        host.ready(workers=2)
+    host.freeze(first, writing=True)
+    harmed = time.monotonic()
+    return Recovery([job], host.running(job, 2) - harmed)
+
+
 def drained_and_started(host: Host) -> Recovery:
     """SIGTERM that leaves no time to finish, and a new start; the seconds are from that."""
     serving = host.serve(drain_seconds=0)

@@ -10,9 +10,6 @@ from faults.host import Host, until
 from sdfserver.schemas import JobState
 
 pytestmark = pytest.mark.timeout(1800)  # a bound for what hangs, on a machine that has other work
-SHORT_LEASE_S = 8.0
-"""Long enough for a living worker of a busy machine; the other tests have a lease that never runs out."""
-
 on_both = pytest.mark.parametrize("host", ["sqlite", "postgresql"], indirect=True)
 on_both_slowly = pytest.mark.parametrize(
     "host", ["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)], indirect=True
@@ -102,7 +99,7 @@ def test_all_jobs_survive_the_death_of_everything(host: Host) -> None:
 
 @on_both_slowly
 def test_a_frozen_worker_that_comes_back_changes_nothing(host: Host) -> None:
-    recovery, frozen = scenarios.worker_frozen(host, lease_seconds=SHORT_LEASE_S)
+    recovery, frozen = scenarios.worker_frozen(host)
     (job,) = recovery.jobs
     host.fitting(job, 2)
     frozen.resume()
@@ -115,7 +112,7 @@ def test_a_frozen_worker_that_comes_back_changes_nothing(host: Host) -> None:
 @pytest.mark.slow
 @on_both
 def test_a_worker_frozen_until_the_job_has_ended_changes_nothing(host: Host) -> None:
-    recovery, frozen = scenarios.worker_frozen(host, lease_seconds=SHORT_LEASE_S)
+    recovery, frozen = scenarios.worker_frozen(host)
     (job,) = recovery.jobs
     before = host.succeeds(job)
     frozen.resume()
@@ -127,7 +124,7 @@ def test_a_worker_frozen_until_the_job_has_ended_changes_nothing(host: Host) -> 
 @pytest.mark.slow
 @on_both
 def test_a_hanging_worker_is_replaced_by_its_supervisor(host: Host) -> None:
-    host.serve(lease_seconds=SHORT_LEASE_S)
+    host.serve()
     job = host.submit()
     host.fitting(job)
     frozen = host.process("worker")
@@ -135,6 +132,37 @@ def test_a_hanging_worker_is_replaced_by_its_supervisor(host: Host) -> None:
     until(lambda: frozen not in host.processes())
     row = host.succeeds(job)
     assert (row.attempt, row.deaths) == (2, 1)
+    host.leaves_nothing_behind()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("supervised", [True, False])
+def test_a_worker_frozen_while_it_writes_stops_nobody_for_good(host: Host, supervised: bool) -> None:
+    (job,) = scenarios.worker_frozen_writing(host, supervised=supervised).jobs
+    row = host.succeeds(job)
+    assert (row.attempt, row.deaths) == (2, 1)
+    host.leaves_nothing_behind()
+
+
+def test_a_worker_that_cannot_beat_for_three_leases_is_not_dead(host: Host) -> None:
+    host.serve(lease_seconds=2)
+    job = host.submit()
+    host.fitting(job)
+    with host.writing():
+        time.sleep(6)
+    row = host.succeeds(job)
+    assert (row.attempt, row.deaths) == (1, 0)
+    host.leaves_nothing_behind()
+
+
+@on_both
+def test_a_new_service_follows_at_once_on_one_whose_supervisor_was_killed(host: Host) -> None:
+    serving = host.serve()
+    job = host.submit()
+    host.fitting(job)
+    host.kill(serving)
+    host.serve()
+    assert host.succeeds(job).deaths <= 1
     host.leaves_nothing_behind()
 
 

@@ -38,7 +38,9 @@ def database_url(request: pytest.FixtureRequest) -> Iterator[str | None]:
 def app(database_url: str | None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
     """An application with API keys in use, so that every test has jobs of its own."""
     folder = tmp_path_factory.mktemp("data")
-    with running(Settings(data_dir=folder, database_url=database_url, min_free_bytes=0)) as app:
+    with running(
+        Settings(data_dir=folder, database_url=database_url, min_free_bytes=0, lease_seconds=PATIENCE_S)
+    ) as app:
         yield app
 
 
@@ -62,7 +64,7 @@ def other(app: App) -> Iterator[Api]:
 def worker(app: App) -> Iterator[str]:
     """A worker that says it is alive and does nothing."""
     name = secrets.token_hex(8)
-    app.store.register_worker(name, host="nowhere", pid=0, device="cpu")
+    app.store.register_worker(name, host="nowhere", pid=0, started=None, device="cpu")
     yield name
     app.store.retire(name)
     app.store.forget_workers([name])

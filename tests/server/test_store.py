@@ -44,7 +44,7 @@ def store(database_url: str | None, tmp_path: Path) -> Iterator[Store]:
 @pytest.fixture
 def worker(store: Store) -> Iterator[str]:
     name = secrets.token_hex(8)
-    store.register_worker(name, host="nowhere", pid=0, device="cpu")
+    store.register_worker(name, host="nowhere", pid=0, started=None, device="cpu")
     yield name
     store.retire(name)
     store.forget_workers([name])
@@ -173,12 +173,33 @@ def test_a_job_that_is_given_back_loses_no_attempt(store: Store, worker: str) ->
     assert row.deaths == 0
 
 
-def test_silence_for_a_lease_is_death(store: Store, worker: str) -> None:
-    store.retire_silent(60.0)
-    assert worker in {row.id for row in store.workers()}
-    store.retire_silent(-1.0)
-    assert worker not in {row.id for row in store.workers()}
-    assert worker in {row.id for row in store.workers(retired=True)}
+def test_a_dead_workers_jobs_have_one_heir_as_long_as_it_lives(store: Store, worker: str) -> None:
+    names = [secrets.token_hex(8) for _ in range(2)]
+    dead, other = names
+    for name in names:
+        store.register_worker(name, host="nowhere", pid=0, started=None, device="cpu")
+    assert store.inherit(worker) == []
+    store.retire(dead)
+    assert store.inherit(worker) == [dead]
+    assert store.inherit(worker) == [dead], "it may have been cut off"
+    assert store.inherit(other) == []
+    store.retire(worker)
+    assert store.inherit(worker) == [], "a dead worker inherits nothing"
+    assert sorted(store.inherit(other)) == sorted([dead, worker])
+    store.retire(other)
+    store.forget_workers(names)
+
+
+def test_one_of_many_at_once_inherits(store: Store, worker: str) -> None:
+    heirs = [secrets.token_hex(8) for _ in range(6)]
+    for name in heirs:
+        store.register_worker(name, host="nowhere", pid=0, started=None, device="cpu")
+    store.retire(worker)
+    with ThreadPoolExecutor(len(heirs)) as pool:
+        assert sum(worker in found for found in pool.map(store.inherit, heirs)) == 1
+    for name in heirs:
+        store.retire(name)
+    store.forget_workers(heirs)
 
 
 def test_the_queue_runs_by_priority_then_arrival(store: Store) -> None:
