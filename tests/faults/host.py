@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import numpy as np
 import psutil
-from waiting import wait_until
+from waiting import QUICK, wait_until
 
 from sdfserver.client import Client
 from sdfserver.io import read_cloud, read_mesh
@@ -50,7 +50,7 @@ class Host:
         if database_url is not None:
             chosen["database_url"] = database_url
         self._environment = {name: value for name, value in os.environ.items() if not name.startswith("SDFSERVER_")}
-        self._environment |= _variables(chosen | settings)
+        self._environment |= _variables(chosen | settings) | {"PYTHONPATH": QUICK}
         sqlite = f"sqlite:///{self.data / 'sdfserver.sqlite3'}"
         self.database = (database_url or sqlite).replace("postgresql://", "postgresql+psycopg://")
         self.client = Client(f"http://127.0.0.1:{self.port}", timeout_s=PATIENCE_S, retry_s=PATIENCE_S)

@@ -19,7 +19,7 @@ import httpx
 import pytest
 import uvicorn
 from fastapi import FastAPI
-from waiting import POSTGRES, fresh_postgres, wait_until
+from waiting import POSTGRES, QUICK, fresh_postgres, wait_until
 
 from sdfserver.server.app import create_app
 from sdfserver.server.artifacts import Artifacts
@@ -193,7 +193,7 @@ def process(command: str, folder: Path, **settings: Any) -> Iterator[Process]:
             listener.close()
         child = subprocess.Popen(
             [sys.executable, "-m", "sdfserver", command, "--data-dir", str(folder / "data"), *where],
-            env=os.environ | {"SDFSERVER_DRAIN_SECONDS": "0", "OMP_WAIT_POLICY": "passive"} | environment,
+            env=os.environ | {"SDFSERVER_DRAIN_SECONDS": "0", "PYTHONPATH": QUICK} | environment,
             stdin=subprocess.DEVNULL,
             stderr=stream,
             pass_fds=[listener.fileno()] if own_socket else [],
