@@ -870,7 +870,13 @@ def test_an_interrupt_cancels_the_job_and_exits_130(service: Service, knot: Path
 
     service.get_events = endless  # type: ignore[method-assign]
     command = [sys.executable, "-m", "sdfserver", "submit", str(knot), "-o", str(tmp_path / "a.ply")]
-    with subprocess.Popen([*command, "--url", service.url], stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [*command, "--url", service.url],
+        stderr=subprocess.PIPE,
+        text=True,
+        # Whoever runs the tests in the background may have it ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
         until = time.monotonic() + 60
         while not service.calls("GET /v1/jobs/j1/events") and time.monotonic() < until:
             time.sleep(0.02)
