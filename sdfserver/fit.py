@@ -141,12 +141,13 @@ def fit(
     device: torch.device,
     seed: int = 0,
     on_progress: Callable[[FitProgress], None] | None = None,
+    on_network: Callable[[FitProgress, Siren], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> tuple[Siren, FitReport]:
     """The SIREN whose zero set is the surface of `cloud_unit`, and how the fit went.
 
-    The same seed on the same device gives the same network. `on_progress` is called every few dozen steps,
-    `should_stop` before every step.
+    The same seed on the same device gives the same network. `on_progress` is called every few dozen steps, `on_network`
+    then as well, with a copy of the network, healthy or not; `should_stop` before every step.
 
     Raises DivergenceError when the fit is out of its bounds and is so again after one restart from its last good state
     at half the rate; Stopped when `should_stop` says so.
@@ -183,8 +184,11 @@ def fit(
         # The only place where the host waits for the device.
         losses = {name: float(term.detach()) for name, term in terms.items()}
         health = _health(model, samples, loss=float(loss.detach()))
+        progress = FitProgress(step=state.step, steps=config.steps, losses=losses)
         if on_progress is not None:
-            on_progress(FitProgress(step=state.step, steps=config.steps, losses=losses))
+            on_progress(progress)
+        if on_network is not None:
+            on_network(progress, copy.deepcopy(model))
         if health.fault is None:
             state.save()
         elif _may_heal(health, state.step, config):

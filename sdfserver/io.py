@@ -97,6 +97,24 @@ def write_mesh(mesh: TriangleMesh, path: str | os.PathLike[str]) -> None:
         write(mesh, stream)
 
 
+def write_ply(
+    path: str | os.PathLike[str],
+    points: Floats,
+    *,
+    normals: NDArray[Any] | None = None,
+    faces: NDArray[np.int64] | None = None,
+    **values: NDArray[Any],
+) -> None:
+    """Write points (n, 3) as binary PLY, with what else is known of them: completely, or not at all.
+
+    normals: (n, 3). faces: (f, 3) rows of `points`. values: float32 columns (n,), by the name of their property.
+
+    Raises OutputError where the file cannot be written.
+    """
+    with replacing(path) as stream:
+        _ply(stream, points, normals, faces, **values)
+
+
 # Reading
 
 
@@ -161,24 +179,37 @@ def _float32_keeps(vertices: Floats) -> bool:
 
 
 def _write_ply(mesh: TriangleMesh, stream: BinaryIO) -> None:
-    real, code = ("float", "<f4") if _float32_keeps(mesh.vertices) else ("double", "<f8")
+    _ply(stream, mesh.vertices, mesh.normals, mesh.faces)
+
+
+def _ply(
+    stream: BinaryIO,
+    points: Floats,
+    normals: NDArray[Any] | None,
+    corners: NDArray[np.int64] | None,
+    **values: NDArray[Any],
+) -> None:
+    real, code = ("float", "<f4") if _float32_keeps(points) else ("double", "<f8")
     columns: dict[str, tuple[str, str, NDArray[Any]]] = {
-        axis: (real, code, mesh.vertices[:, i]) for i, axis in enumerate("xyz")
+        axis: (real, code, points[:, i]) for i, axis in enumerate("xyz")
     }
-    if mesh.normals is not None:
-        columns |= {name: ("float", "<f4", mesh.normals[:, i]) for i, name in enumerate(("nx", "ny", "nz"))}
-    vertices = np.empty(len(mesh.vertices), dtype=np.dtype([(name, code) for name, (_, code, _) in columns.items()]))
+    if normals is not None:
+        columns |= {name: ("float", "<f4", normals[:, i]) for i, name in enumerate(("nx", "ny", "nz"))}
+    columns |= {name: ("float", "<f4", value) for name, value in values.items()}
+    vertices = np.empty(len(points), dtype=np.dtype([(name, code) for name, (_, code, _) in columns.items()]))
     for name, (_, _, column) in columns.items():
         vertices[name] = column
-    faces = np.empty(len(mesh.faces), dtype=np.dtype([("size", "u1"), ("corners", "<i4", 3)]))
-    faces["size"] = 3
-    faces["corners"] = mesh.faces
     properties = [f"property {kind} {name}" for name, (kind, _, _) in columns.items()]
-    header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(vertices)}", *properties,
-              f"element face {len(faces)}", "property list uchar int vertex_indices", "end_header", ""]  # fmt: skip
-    stream.write("\n".join(header).encode("ascii"))
+    header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(vertices)}", *properties]
+    if corners is not None:
+        header += [f"element face {len(corners)}", "property list uchar int vertex_indices"]
+    stream.write("\n".join([*header, "end_header", ""]).encode("ascii"))
     stream.write(vertices.tobytes())
-    stream.write(faces.tobytes())
+    if corners is not None:
+        faces = np.empty(len(corners), dtype=np.dtype([("size", "u1"), ("corners", "<i4", 3)]))
+        faces["size"] = 3
+        faces["corners"] = corners
+        stream.write(faces.tobytes())
 
 
 def _digits(vertices: Floats) -> int:

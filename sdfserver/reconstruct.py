@@ -28,6 +28,7 @@ from sdfserver.mesh import (
     trim_to_points,
 )
 from sdfserver.metrics import cloud_to_mesh, mesh_health
+from sdfserver.siren import Siren
 from sdfserver.winding import mean_spacing, point_areas
 
 REPORT_FORMAT = 1
@@ -169,9 +170,14 @@ def fit_field(
     device: str = "auto",
     seed: int = 0,
     clock: Clock | None = None,
+    on_cloud: Callable[[PointCloud], None] | None = None,
+    on_field: Callable[[FitProgress, SignedDistanceField], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> FittedField:
-    """The first half of `reconstruct`: the field, the cloud it was fitted to, and that half of the report."""
+    """The first half of `reconstruct`: the field, the cloud it was fitted to, and that half of the report.
+
+    `on_cloud` gets the cloud as it will be fitted, `on_field` the field every few dozen steps, while it forms.
+    """
     if preset not in PRESETS:
         raise ConfigError(f"there is no preset {preset!r}; use one of {', '.join(PRESETS)}")
     network, fit_config = network or PRESETS[preset].network, fit_config or PRESETS[preset].fit
@@ -183,6 +189,13 @@ def fit_field(
         spacing = mean_spacing(point_areas(cloud.points, cKDTree(cloud.points)))
         frame = Frame.around(cloud.points, margin=spacing)
         cloud_unit = PointCloud(points=frame.to_unit(cloud.points), normals=cloud.normals)
+        if on_cloud is not None:
+            on_cloud(cloud)
+
+    def on_network(progress: FitProgress, network: Siren) -> None:
+        if on_field is not None:
+            on_field(progress, SignedDistanceField(network, frame))
+
     with clock.running("fit"):
         siren, fit_report = fit(
             cloud_unit,
@@ -191,6 +204,7 @@ def fit_field(
             device=torch_device,
             seed=seed,
             on_progress=clock.report_fit,
+            on_network=None if on_field is None else on_network,
             should_stop=should_stop,
         )
     report = {

@@ -4,6 +4,17 @@ from pathlib import Path
 
 from sdfserver.errors import CloudError
 
+SUMMARIES = {
+    "bare": "a bath duck without normals: estimate them",
+    "bracket": "an angle bracket in millimetres, with sharp edges",
+    "goblet": "a stemmed glass with a thin wall",
+    "knot": "a trefoil knot: the one to begin with",
+    "lattice": "27 nodes joined by 54 struts",
+    "noisy": "a bath duck with noise",
+    "sparse": "a bath duck of 500 points",
+    "terrain": "a hillside at map coordinates: open, so trim it",
+}
+"""What each of them is, and what is hard about it."""
 _INSTALLED = Path(__file__).parent / "samples"
 _CHECKOUT = Path(__file__).parent.parent / "data"
 

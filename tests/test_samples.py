@@ -7,11 +7,12 @@ import pytest
 
 from sdfserver.errors import CloudError
 from sdfserver.io import read_cloud
-from sdfserver.samples import sample, samples
+from sdfserver.samples import SUMMARIES, sample, samples
 
 
 def test_every_cloud_of_the_data_folder_is_a_sample(root: Path) -> None:
     assert {f"{name}.ply" for name in samples()} == {path.name for path in (root / "data").glob("*.ply")}
+    assert set(SUMMARIES) == set(samples())
 
 
 def test_a_sample_is_a_cloud() -> None:

@@ -1,0 +1,95 @@
+"""What is light enough to be looked at while a job runs and after it: a few points, a coarse surface, a small picture.
+
+World units, sdf < 0 inside, normals point outward, as everywhere.
+"""
+
+import os
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.ndimage import median_filter
+from scipy.spatial import cKDTree
+
+from sdfserver.cloud import PointCloud
+from sdfserver.extract import extract
+from sdfserver.field import SignedDistanceField
+from sdfserver.io import write_ply
+from sdfserver.mesh import TriangleMesh, simplify
+from sdfserver.metrics import sample_surface
+
+MAX_POINTS = 50_000
+MAX_FACES = 200_000
+COARSE_RESOLUTION = 40
+"""Of a surface that is still forming: about as many evaluations as five steps of the fit."""
+PICTURE_PX = 160
+_SAMPLES_PER_PIXEL = 4
+_EYE = np.array([0.55, -0.75, 0.38])
+"""From where a picture is taken, where z is up."""
+_LIGHT = np.array([0.2, -0.6, 0.75])
+_COLOR = np.array([150.0, 178.0, 212.0])
+
+
+def write_points(cloud: PointCloud, path: str | os.PathLike[str]) -> None:
+    """Write MAX_POINTS of the cloud's points, spread evenly over their order, and their normals, as PLY."""
+    rows = np.linspace(0, len(cloud.points) - 1, min(len(cloud.points), MAX_POINTS)).round().astype(np.int64)
+    write_ply(path, cloud.points[rows], normals=None if cloud.normals is None else cloud.normals[rows])
+
+
+def coarse_surface(field: SignedDistanceField) -> TriangleMesh:
+    """The zero set of a field on a coarse grid, where marching cubes puts it. Raises ExtractionError."""
+    surface = extract(field, resolution=COARSE_RESOLUTION, projection_steps=0)
+    vertices = field.frame.to_world(surface.vertices_unit)
+    return TriangleMesh(vertices=vertices, faces=surface.faces, normals=surface.normals)
+
+
+def write_surface(mesh: TriangleMesh, cloud: PointCloud, path: str | os.PathLike[str]) -> None:
+    """Write the mesh with MAX_FACES or fewer, as PLY, with each vertex's `distance` to the cloud's nearest point."""
+    if len(mesh.faces) > MAX_FACES:
+        mesh = simplify(mesh, MAX_FACES)
+    distance, _ = cKDTree(cloud.points).query(mesh.vertices)
+    write_ply(path, mesh.vertices, normals=mesh.normals, faces=mesh.faces, distance=distance)
+
+
+def write_picture(mesh: TriangleMesh, stream: BinaryIO) -> None:
+    """Write a picture of the mesh, PICTURE_PX wide and high, as PNG with nothing behind it."""
+    from PIL import Image
+
+    Image.fromarray(picture(mesh)).save(stream, "PNG", optimize=True)
+
+
+def picture(mesh: TriangleMesh) -> NDArray[np.uint8]:
+    """The mesh standing, seen from the front, above and a little from the side: (PICTURE_PX, PICTURE_PX, 4), RGBA.
+
+    Samples of the surface, the nearest of each pixel, shaded by its normal. Twice as large first, for smooth borders.
+    """
+    size = 2 * PICTURE_PX
+    points, normals = sample_surface(mesh, _SAMPLES_PER_PIXEL * size**2, np.random.default_rng(0))
+    if _up(points, normals) == 1:
+        points, normals = points[:, [0, 2, 1]] * [1, -1, 1], normals[:, [0, 2, 1]] * [1, -1, 1]
+    eye, light = _EYE / np.linalg.norm(_EYE), _LIGHT / np.linalg.norm(_LIGHT)
+    right = np.cross([0.0, 0.0, 1.0], eye)
+    right /= np.linalg.norm(right)
+    seen = points @ np.stack([right, np.cross(eye, right), eye], axis=1)
+    low, high = seen.min(axis=0), seen.max(axis=0)
+    across = (seen[:, :2] - (low + high)[:2] / 2) / (high - low)[:2].max() * 0.94
+    column, row = ((across * [1, -1] + 0.5) * (size - 1)).round().astype(np.int64).T
+    pixel = row * size + column
+    nearest = np.full(size**2, -np.inf)
+    np.maximum.at(nearest, pixel, seen[:, 2])
+    front = seen[:, 2] == nearest[pixel]
+    shade = np.zeros(size**2)
+    shade[pixel[front]] = 0.35 + 0.65 * np.clip(normals[front] @ light, 0, 1)
+    # Where no sample of the front fell, the back shows through: the median takes such specks away.
+    shade = median_filter(shade.reshape(size, size), 3)
+    blocks = shade.reshape(PICTURE_PX, 2, PICTURE_PX, 2).swapaxes(1, 2).reshape(PICTURE_PX, PICTURE_PX, 4)
+    cover = (blocks > 0).sum(axis=2, keepdims=True)
+    color = _COLOR * blocks.sum(axis=2, keepdims=True) / np.maximum(cover, 1)
+    return np.concatenate([color, 255 / 4 * cover], axis=2).round().astype(np.uint8)
+
+
+def _up(points: NDArray[np.float64], normals: NDArray[np.float64]) -> int:
+    """The axis that is up, y or z: that on whose lower side more of the surface looks down. Files do not say it."""
+    low, extent = points.min(axis=0), np.ptp(points, axis=0)
+    at_the_bottom = (points < low + 0.03 * extent) & (normals < -0.8)
+    return 1 if at_the_bottom[:, 1].sum() > at_the_bottom[:, 2].sum() else 2
