@@ -100,6 +100,27 @@ class MeshJobOptions(MeshOptions):
     priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = 0
 
 
+class RestartOptions(JobOptions):
+    """What to do otherwise when a job is done again; what is not given stays as it was."""
+
+    model_config = ConfigDict(strict=True, json_schema_extra={"examples": [{"normals": "estimate", "seed": 1}]})
+
+
+class Sample(BaseModel):
+    """A cloud that comes with the server."""
+
+    name: str
+    summary: str
+    bytes: int
+    link: str
+
+
+class SampleList(BaseModel):
+    """The clouds that come with the server."""
+
+    samples: list[Sample]
+
+
 class Problem(BaseModel):
     """What went wrong, as RFC 9457 has it (application/problem+json)."""
 
@@ -119,10 +140,14 @@ class Links(BaseModel):
     events: str
     cancel: str
     mesh: str | None = None
+    preview: str | None = None
+    points: str | None = None
+    picture: str | None = None
     report: str | None = None
     field: str | None = None
     meshes: str | None = None
     sdf: str | None = None
+    restart: str | None = None
     parent: str | None = None
 
 
@@ -140,6 +165,9 @@ class Job(BaseModel):
     steps: int | None = None
     losses: dict[str, float] = {}
     eta_s: Annotated[float | None, Field(description="Seconds to the end, by measured speed; null if unknown.")] = None
+    preview: Annotated[
+        int | None, Field(description="How many surfaces it has shown while they form; each replaces the one before.")
+    ] = None
     queue_position: Annotated[int | None, Field(description="1 is the next to run; null once it runs.")] = None
     priority: int = 0
     attempt: Annotated[int, Field(description="How many times it was started.")] = 0

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from anyio import CapacityLimiter
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import PlainTextResponse, RedirectResponse, Response
+from fastapi.responses import PlainTextResponse, Response
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from sqlalchemy.exc import OperationalError
@@ -19,6 +19,7 @@ from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sdfserver.schemas import JobState
+from sdfserver.server import page
 from sdfserver.server.artifacts import Artifacts
 from sdfserver.server.liveness import living
 from sdfserver.server.problems import ProblemError
@@ -75,16 +76,13 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(_Limited)
     app.add_middleware(_Measured, metrics=metrics)
     app.include_router(router)
+    app.include_router(page.router)
     _add_service_routes(app, metrics)
     _add_handlers(app)
     return app
 
 
 def _add_service_routes(app: FastAPI, metrics: "_Metrics") -> None:
-    @app.get("/", include_in_schema=False)
-    def index() -> RedirectResponse:
-        return RedirectResponse("docs")
-
     @app.get("/health/live", response_class=PlainTextResponse, tags=["service"])
     def live() -> str:
         """Whether the process answers."""
@@ -188,7 +186,7 @@ def _add_handlers(app: FastAPI) -> None:
         detail = f"{request.method} {request.url.path[:200]}: {error.detail}"
         headers = dict(error.headers or {})
         if error.status_code == 405:  # with the methods of all routes at this path, not of the first alone
-            routes = [route for route in (*app.routes, *router.routes) if isinstance(route, Route)]
+            routes = [route for route in (*app.routes, *router.routes, *page.router.routes) if isinstance(route, Route)]
             here = [route.methods or () for route in routes if route.matches(request.scope)[0] is not Match.NONE]
             headers["Allow"] = ", ".join(sorted(set().union(*here)))
         return problem_response(ProblemError(kind, detail, headers=headers), request.url.path)

@@ -1,8 +1,10 @@
 """Every path of the service: where a job's files are, and what of them is to go.
 
     jobs/<id>/cloud.<format>        as it was uploaded
-    jobs/<id>/fit-<attempt>/        what an attempt left of the fit: field.safetensors, cloud.npz, fit.json
-    jobs/<id>/mesh-<attempt>/       and of the meshing: mesh.ply, report.json; the mesh in other formats, when asked for
+    jobs/<id>/fit-<attempt>/        what an attempt left of the fit: field.safetensors, cloud.npz, fit.json, and to be
+                                    looked at points.ply and preview.ply, which changes as the surface forms
+    jobs/<id>/mesh-<attempt>/       and of the meshing: mesh.ply, report.json, and to be looked at preview.ply and
+                                    picture.png; the mesh in other formats, when asked for
 
 A job of kind mesh starts from the field of its parent: fit-0 has links to those files. Names from users never become
 paths: <id> and <attempt> are ours, <format> is one of a list.
@@ -20,7 +22,10 @@ from typing import BinaryIO
 
 FIELD, CLOUD, FIT_REPORT = "field.safetensors", "cloud.npz", "fit.json"
 MESH, REPORT = "mesh.ply", "report.json"
-FIT_FILES = (FIELD, CLOUD, FIT_REPORT)
+POINTS, PREVIEW, PICTURE = "points.ply", "preview.ply", "picture.png"
+FIT_FILES = (FIELD, CLOUD, FIT_REPORT, POINTS, PREVIEW)
+"""All but PREVIEW are always there: a field may have no surface at level 0."""
+MESH_FILES = (MESH, REPORT, PREVIEW, PICTURE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,12 +82,31 @@ class Artifacts:
         An error removes the folder. Raises FileNotFoundError when the parent's field is gone.
         """
         source, target = self.fit(parent_id, fitted), self.fit(job_id, 0)
-        with self.receiving(job_id, "field"):
+        with self._locking(job_id):
             target.mkdir()
             for name in FIT_FILES:
-                target.joinpath(name).hardlink_to(source / name)
+                if name != PREVIEW or source.joinpath(name).exists():
+                    target.joinpath(name).hardlink_to(source / name)
             sync(target)
             yield
+
+    @contextmanager
+    def copying(self, parent_id: str, extension: str, job_id: str) -> Iterator[None]:
+        """Give a job the cloud of another. While it is open the folder is not taken for a stray.
+
+        An error removes the folder. Raises FileNotFoundError when the other's cloud is gone.
+        """
+        with self._locking(job_id):
+            self.upload(job_id, extension).hardlink_to(self.upload(parent_id, extension))
+            sync(self.jobs / job_id)
+            yield
+
+    @contextmanager
+    def _locking(self, job_id: str) -> Iterator[None]:
+        """A folder for a job whose files are already here."""
+        with self.receiving(job_id, "lock"):
+            yield
+        self.upload(job_id, "lock").unlink(missing_ok=True)
 
     def remove(self, job_id: str) -> None:
         """Remove all files of a job."""

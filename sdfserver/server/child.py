@@ -12,6 +12,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection
@@ -30,12 +31,15 @@ from sdfserver.errors import (
     SdfServerError,
     Stopped,
 )
+from sdfserver.files import replacing
 from sdfserver.schemas import JobOptions, MeshOptions
-from sdfserver.server.artifacts import CLOUD, FIELD, FIT_REPORT, MESH, REPORT, sync
+from sdfserver.server.artifacts import CLOUD, FIELD, FIT_REPORT, MESH, PICTURE, POINTS, PREVIEW, REPORT, sync
 from sdfserver.server.logs import set_up_logging
 
 if TYPE_CHECKING:
     from sdfserver.cloud import PointCloud
+    from sdfserver.field import SignedDistanceField
+    from sdfserver.fit import FitProgress
     from sdfserver.reconstruct import Progress
 
 log = logging.getLogger(__name__)
@@ -43,6 +47,9 @@ log = logging.getLogger(__name__)
 STOP = "stop"
 READY = "ready"
 PROGRESS_SECONDS = 0.1
+PREVIEW_SHARES = (0.1, 0.25, 0.5, 0.75)
+"""When the surface is shown while it forms, as shares of the fit's steps: five grids with the last, each as dear as
+about five steps."""
 NICENESS = 10
 """Behind the API and the worker: they must answer while both cores compute."""
 
@@ -68,6 +75,13 @@ class MeshTask:
     options: MeshOptions
     preset: str
     device: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Previewed:
+    """There is a preview, the `number`th of its attempt."""
+
+    number: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +146,9 @@ class _Reporter:
             self._connection.send(progress)
             self._sent_at, self._stage = now, progress.stage
 
+    def previewed(self, number: int) -> None:
+        self._connection.send(Previewed(number=number))
+
     def should_stop(self) -> bool:
         while not self._stop and self._connection.poll():
             self._stop = self._connection.recv() == STOP
@@ -181,6 +198,7 @@ def _fit(task: FitTask, reporter: _Reporter) -> None:
 
     from sdfserver.io import read_cloud
     from sdfserver.normals import prepare
+    from sdfserver.preview import write_points
     from sdfserver.reconstruct import FIT_STAGES, Clock, Progress, fit_field, report_json
 
     reporter.show(Progress(stage="prepare", fraction=0.0))
@@ -200,6 +218,8 @@ def _fit(task: FitTask, reporter: _Reporter) -> None:
         device=task.device if options.device == "auto" else options.device,
         seed=options.seed,
         clock=Clock(reporter.show, FIT_STAGES),
+        on_cloud=lambda cloud: write_points(cloud, task.folder / POINTS),
+        on_field=Forming(task.folder / PREVIEW, reporter.previewed).show,
         should_stop=reporter.should_stop,
     )
     about = fitted.report["cloud"]
@@ -209,20 +229,47 @@ def _fit(task: FitTask, reporter: _Reporter) -> None:
     (task.folder / FIT_REPORT).write_bytes(report_json(fitted.report))
 
 
+class Forming:
+    """Writes the surface to a file a few times while it forms, and tells how often it has."""
+
+    def __init__(self, path: Path, tell: Callable[[int], None]) -> None:
+        self._path, self._tell = path, tell
+        self._shown = self._due = 0
+
+    def show(self, progress: "FitProgress", field: "SignedDistanceField") -> None:
+        """Show the field, if it is time to."""
+        from sdfserver.io import write_mesh
+        from sdfserver.preview import coarse_surface
+
+        due = sum(progress.step >= share * progress.steps for share in (*PREVIEW_SHARES, 1.0))
+        if due == self._due:
+            return
+        self._due = due
+        with contextlib.suppress(ExtractionError):  # nothing to be seen yet
+            write_mesh(coarse_surface(field), self._path)
+            self._shown += 1
+            self._tell(self._shown)
+
+
 def _mesh(task: MeshTask, reporter: _Reporter) -> None:
     from sdfserver.field import SignedDistanceField
     from sdfserver.io import read_cloud, write_mesh
+    from sdfserver.preview import write_picture, write_surface
     from sdfserver.reconstruct import MESH_STAGES, Clock, choose_device, join_reports, mesh_field, report_json
 
     field = SignedDistanceField.load(task.field_folder / FIELD, device=choose_device(task.device))
+    cloud = read_cloud(task.field_folder / CLOUD)
     meshed = mesh_field(
         field,
-        read_cloud(task.field_folder / CLOUD),
+        cloud,
         mesh_config(task.options, task.preset),
         clock=Clock(reporter.show, MESH_STAGES),
         should_stop=reporter.should_stop,
     )
     write_mesh(meshed.mesh, task.folder / MESH)
+    write_surface(meshed.mesh, cloud, task.folder / PREVIEW)
+    with replacing(task.folder / PICTURE) as stream:
+        write_picture(meshed.mesh, stream)
     fit_report = json.loads((task.field_folder / FIT_REPORT).read_bytes())
     (task.folder / REPORT).write_bytes(report_json(join_reports(fit_report, meshed.report)))
 

@@ -9,11 +9,11 @@ import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, cast, get_args
+from typing import Annotated, Any, TypeVar, cast, get_args
 
 import numpy as np
 from anyio import CapacityLimiter, to_thread
-from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from fastapi import APIRouter, Body, Depends, Header, Query, Request, Response
 from fastapi.responses import FileResponse, JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from fastapi.sse import EventSourceResponse, ServerSentEvent
@@ -22,6 +22,7 @@ from starlette.concurrency import run_in_threadpool
 
 from sdfserver.config import PRESETS
 from sdfserver.io import CLOUD_FORMATS
+from sdfserver.samples import SUMMARIES, samples
 from sdfserver.schemas import (
     MAX_QUERY_POINTS,
     IdempotencyKey,
@@ -36,12 +37,15 @@ from sdfserver.schemas import (
     OptionsInfo,
     Preset,
     PresetInfo,
+    RestartOptions,
+    Sample,
+    SampleList,
     SdfRequest,
     SdfResponse,
     ServerLimits,
 )
 from sdfserver.server import fields
-from sdfserver.server.artifacts import FIELD, MESH, REPORT, Artifacts
+from sdfserver.server.artifacts import FIELD, MESH, PICTURE, POINTS, PREVIEW, REPORT, Artifacts
 from sdfserver.server.liveness import living
 from sdfserver.server.problems import KINDS, MEDIA_TYPE, ProblemError
 from sdfserver.server.queue import JobQueue
@@ -68,6 +72,10 @@ MAX_JSON_BYTES = 16 * 2**20
 """Of any body but a cloud."""
 _MEDIA_TYPES = {"ply": "application/octet-stream", "glb": "model/gltf-binary", "obj": "model/obj", "stl": "model/stl",
                 "off": "text/plain"}  # fmt: skip
+
+
+_Options = TypeVar("_Options", bound=MeshOptions)
+_AS_IT_WAS = RestartOptions()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,7 +274,7 @@ async def submit_job(
         if content_type.lower().startswith("multipart/form-data"):
             await receive_form(upload, request.stream(), content_type=content_type)
             if upload.options is not None:
-                options = _options_of(upload.options)
+                options = _options_of(upload.options, JobOptions)
             check_limits(options, options.preset, settings)
         else:
             check_limits(options, options.preset, settings)
@@ -335,9 +343,9 @@ def _create(service: Service, owner: ApiKey, new: NewJob, response: Response) ->
     return job_view(row, service.view.turns(row))
 
 
-def _options_of(text: bytes) -> JobOptions:
+def _options_of(text: bytes, model: type[_Options]) -> _Options:
     try:
-        return JobOptions.model_validate_json(text, strict=True)
+        return model.model_validate_json(text, strict=True)
     except ValidationError as error:
         raise invalid(error.errors()) from None
 
@@ -509,6 +517,56 @@ def get_report(request: Request, service: TheService, row: FinishedJob) -> Respo
 
 
 @router.get(
+    "/jobs/{job_id}/preview",
+    response_class=FileResponse,
+    responses=_file_of("application/octet-stream"),
+    tags=["results"],
+)
+def get_preview(request: Request, service: TheService, row: TheJob) -> Response:
+    """A light mesh to look at, as PLY: coarse while the surface forms, and in the end simplified if it is large.
+
+    That of a job that has succeeded has a property `distance`: of each vertex to the nearest point of the cloud.
+    """
+    name = PurePosixPath(row.name).stem + "-preview.ply"
+    if row.state == JobState.SUCCEEDED:
+        path = service.artifacts.mesh(row.id, row.published) / PREVIEW
+        return _file(request, row, path, name, "application/octet-stream")
+    path = _fit_folder(service, row) / PREVIEW
+    try:
+        if row.preview is None:
+            raise FileNotFoundError
+        # Read, not sent as a file: it is replaced when the next one is there.
+        tag, body = f'"{row.id}-{path.parent.name}-{path.stat().st_mtime_ns}"', path.read_bytes()
+    except FileNotFoundError:
+        raise ProblemError("state", f"job {row.id} is {row.state} and has no preview; wait for one") from None
+    headers = {"ETag": tag, "Cache-Control": "private, no-cache"}
+    if _is_known(request, tag):
+        return Response(status_code=304, headers=headers)
+    return Response(body, media_type="application/octet-stream", headers=headers)
+
+
+@router.get(
+    "/jobs/{job_id}/points",
+    response_class=FileResponse,
+    responses=_file_of("application/octet-stream"),
+    tags=["results"],
+)
+def get_points(request: Request, service: TheService, row: TheJob) -> Response:
+    """Some of the points that the field is fitted to, with their normals, as PLY; there as soon as the fit begins."""
+    path = _fit_folder(service, row) / POINTS
+    if row.state != JobState.SUCCEEDED and not path.exists():
+        raise ProblemError("state", f"job {row.id} is {row.state} and has no points to show; wait until it fits")
+    return _file(request, row, path, PurePosixPath(row.name).stem + "-points.ply", "application/octet-stream")
+
+
+@router.get("/jobs/{job_id}/picture", response_class=FileResponse, responses=_file_of("image/png"), tags=["results"])
+def get_picture(request: Request, service: TheService, row: FinishedJob) -> Response:
+    """A small picture of the mesh, as PNG."""
+    path = service.artifacts.mesh(row.id, row.published) / PICTURE
+    return _file(request, row, path, PurePosixPath(row.name).stem + ".png", "image/png")
+
+
+@router.get(
     "/jobs/{job_id}/field",
     response_class=FileResponse,
     responses=_file_of("application/octet-stream"),
@@ -520,21 +578,32 @@ def get_field(request: Request, service: TheService, row: FinishedJob) -> Respon
     return _file(request, row, _field_path(service, row), name, "application/octet-stream")
 
 
+def _fit_folder(service: Service, row: Row) -> Path:
+    """Where the job's field is, or will be if the attempt under way succeeds."""
+    fitted = 0 if row.kind == JobKind.MESH else row.attempt if row.fitted is None else row.fitted
+    return service.artifacts.fit(row.id, fitted)
+
+
 def _field_path(service: Service, row: Row) -> Path:
-    return service.artifacts.fit(row.id, row.fitted or 0) / FIELD
+    return _fit_folder(service, row) / FIELD
 
 
 def _file(request: Request, row: Row, path: Path, name: str, media_type: str) -> Response:
     """A result as a download. What an attempt published never changes, so its name is its ETag."""
     etag = f'"{row.id}-{path.parent.name}-{path.name}"'
-    known = [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]
     headers = {"ETag": etag, "Cache-Control": "private, no-cache"}
-    if etag in known or known == ["*"]:
+    if _is_known(request, etag):
         return Response(status_code=304, headers=headers)
     if not path.exists():
         raise ProblemError("gone", f"job {row.id} and its files have been removed; upload the cloud again")
     _check_range(request, path.stat().st_size, etag)
     return FileResponse(path, media_type=media_type, filename=safe_name(name), headers=headers)
+
+
+def _is_known(request: Request, etag: str) -> bool:
+    """Whether If-None-Match names what would be sent."""
+    known = [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]
+    return etag in known or known == ["*"]
 
 
 def _check_range(request: Request, size: int, etag: str) -> None:
@@ -573,27 +642,75 @@ def mesh_again(
     idempotency_key: Annotated[IdempotencyKey | None, Header(description="Repeating it repeats no job.")] = None,
 ) -> Job:
     """Queue another mesh of the same field, without fitting again: a job of its own, whose parent this one is."""
-    check_limits(options, row.preset, service.settings)
+    return _create_from(service, owner, row, options, response, kind=JobKind.MESH, parent_id=row.id,
+                        idempotency_key=idempotency_key)  # fmt: skip
+
+
+@router.post(
+    "/jobs/{job_id}/restart",
+    status_code=202,
+    response_model=Job,
+    responses=_ABOUT_A_JOB | answers("malformed", "idempotency", "too-large", "queue-full", "quota", "disk-full"),
+    tags=["jobs"],
+)
+def restart_job(
+    response: Response,
+    service: TheService,
+    owner: Owner,
+    row: TheJob,
+    changes: Annotated[RestartOptions, Body()] = _AS_IT_WAS,
+    idempotency_key: Annotated[IdempotencyKey | None, Header(description="Repeating it repeats no job.")] = None,
+) -> Job:
+    """Queue the same job once more, as a job of its own, with other options if you like; nothing is uploaded again."""
+    kind, wanted = (
+        JobKind(row.kind),
+        json.dumps(row.options | changes.model_dump(mode="json", exclude_unset=True)).encode(),
+    )
+    options: JobOptions | MeshJobOptions
+    if kind is JobKind.MESH:
+        options = _options_of(wanted, MeshJobOptions)
+    else:
+        options = _options_of(wanted, JobOptions)
+    return _create_from(service, owner, row, options, response, kind=kind, parent_id=row.parent_id,
+                        idempotency_key=idempotency_key)  # fmt: skip
+
+
+def _create_from(
+    service: Service,
+    owner: ApiKey,
+    row: Row,
+    options: JobOptions | MeshJobOptions,
+    response: Response,
+    *,
+    kind: JobKind,
+    **known: Any,
+) -> Job:
+    """A new job with the files of another: its cloud, or its field where only a mesh is to be made."""
+    preset = options.preset if isinstance(options, JobOptions) else row.preset
+    check_limits(options, preset, service.settings)
     if service.artifacts.free_bytes() < service.settings.min_free_bytes:
         raise ProblemError(
             "disk-full",
-            "there is not enough room for another mesh; delete finished jobs or try again later",
+            "there is not enough room for another job; delete finished jobs or try again later",
             headers={"Retry-After": "60"},
         )
     new = _new_job(
         options,
-        row.preset,
-        row.id,
+        preset,
+        f"{kind} of {row.id}",
         id=new_id(),
         owner=owner.id,
-        kind=JobKind.MESH,
-        parent_id=row.id,
+        kind=kind,
         name=row.name,
         format=row.format,
-        idempotency_key=idempotency_key,
+        **known,
     )
+    if kind is JobKind.MESH:
+        files = service.artifacts.linking(row.id, row.fitted or 0, new.id)
+    else:
+        files = service.artifacts.copying(row.id, row.format, new.id)
     try:
-        with service.artifacts.linking(row.id, row.fitted or 0, new.id):
+        with files:
             return _create(service, owner, new, response)
     except FileNotFoundError:
         raise ProblemError("gone", f"job {row.id} and its files have been removed; upload the cloud again") from None
@@ -615,6 +732,33 @@ def query_field(service: TheService, row: FinishedJob, request: SdfRequest) -> S
     if not np.isfinite(distances).all():
         raise ProblemError("invalid", "points: some are too far away for a distance; keep near the cloud")
     return SdfResponse(distances=distances.tolist(), gradients=gradients.tolist() if request.gradient else None)
+
+
+@router.get("/samples", response_model=SampleList, responses=_ANY, tags=["service"])
+def list_samples(_owner: Owner) -> SampleList:
+    """Clouds to try things on."""
+    return SampleList(
+        samples=[
+            Sample(name=name, summary=SUMMARIES.get(name, ""), bytes=path.stat().st_size, link=f"/v1/samples/{name}")
+            for name, path in samples().items()
+        ]
+    )
+
+
+@router.get(
+    "/samples/{name}",
+    response_class=FileResponse,
+    responses=_ANY
+    | answers("not-found")
+    | {200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}},
+    tags=["service"],
+)
+def get_sample(_owner: Owner, name: str) -> Response:
+    """One of them, as PLY."""
+    path = samples().get(name)
+    if path is None:
+        raise ProblemError("not-found", f"there is no sample {name[:40]!r}; there are {', '.join(samples())}")
+    return FileResponse(path, media_type="application/octet-stream", filename=path.name)
 
 
 @router.get("/options", response_model=OptionsInfo, responses=_ANY, tags=["service"])

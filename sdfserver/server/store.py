@@ -52,6 +52,7 @@ jobs = Table(
     Column("worker", String(64)),
     Column("fitted", Integer),  # the attempt whose folder has the field
     Column("published", Integer),  # the attempt whose folder has the mesh
+    Column("preview", Integer),  # how many surfaces the attempt has shown while it forms
     Column("seconds", JSON, nullable=False, default=dict),
     Column("problem", JSON),
     Column("event", Integer, nullable=False, default=0),  # number of its last event
@@ -373,6 +374,7 @@ class Store:
                     worker=worker,
                     stage="prepare" if row.fitted is None and row.kind == JobKind.RECONSTRUCTION else "mesh",
                     progress=0.0 if row.fitted is None else row.progress,
+                    preview=None if row.fitted is None else row.preview,
                     step=None,
                     steps=None,
                     eta_s=None,
@@ -590,6 +592,7 @@ EVENT_COLUMNS = (
     "expires_at",
     "published",
     "fitted",
+    "preview",
 )
 """What of a job changes while it runs, and is kept in each of its events."""
 

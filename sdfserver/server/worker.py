@@ -275,7 +275,7 @@ class Worker:
         """Have the child do a task, and watch over it."""
         nothing = child.Outcome(how="stopped")
         running = self._child = self._living_child()
-        eta = _Eta(row, task, self._store.typical_seconds())
+        standing = _Standing(row, task, self._store.typical_seconds())
         limit = min(row.options.get("max_seconds") or float("inf"), self._settings.max_job_seconds)
         stored_at = looked_at = 0.0
         latest: Progress | None = None
@@ -291,9 +291,11 @@ class Worker:
                         running.connection.send(task)
                     elif isinstance(message, child.Outcome):
                         return (End.DONE if message.how == "done" else End.FAILED), message
+                    elif isinstance(message, child.Previewed):
+                        standing.preview = message.number
                     else:
                         latest = message
-                        eta.see(latest)
+                        standing.see(latest)
                 now = time.monotonic()
                 if now - looked_at < LOOK_SECONDS:
                     continue
@@ -311,7 +313,7 @@ class Worker:
                     detail = f"the job's process took more than {room:.1f} GiB; thin the cloud or mesh it coarser"
                     return End.FAILED, child.Outcome(how="failed", problem="memory", detail=detail)
                 if latest is not None and now - stored_at >= STORE_SECONDS:
-                    self._store.update(attempt, **eta.columns(latest))
+                    self._store.update(attempt, **standing.columns(latest))
                     latest, stored_at = None, now
         except (EOFError, ConnectionError, OSError):
             log.warning("the process of job %s died in attempt %d", row.id, attempt.number)
@@ -422,7 +424,7 @@ class Worker:
             time.sleep(self._settings.sweep_seconds)
 
 
-class _Eta:
+class _Standing:
     """What the store is told of a job's progress; the ETA is from the speed that this very job has shown."""
 
     def __init__(
@@ -433,6 +435,7 @@ class _Eta:
         self._mesh_seconds = typical.get((row.kind, row.preset, row.resolution, "mesh"))
         self._first: tuple[float, int] | None = None
         self._eta: float | None = None
+        self.preview: int | None = None if self._fits else row.preview
 
     def see(self, progress: "Progress") -> None:
         now = time.monotonic()
@@ -451,6 +454,7 @@ class _Eta:
         if self._whole:
             fraction = FIT_SHARE * fraction if self._fits else FIT_SHARE + (1 - FIT_SHARE) * fraction
         columns: dict[str, Any] = {"stage": progress.stage, "progress": fraction, "eta_s": self._eta}
+        columns["preview"] = self.preview
         if progress.step is not None:
             losses = {name: float(value) for name, value in progress.losses.items()}
             columns |= {"step": progress.step, "steps": progress.steps, "losses": losses}

@@ -22,7 +22,7 @@ from sdfserver.client import Client
 from sdfserver.io import read_cloud, read_mesh
 from sdfserver.metrics import cloud_to_mesh, mesh_health
 from sdfserver.schemas import JobState
-from sdfserver.server.artifacts import FIT_FILES, MESH, REPORT, Artifacts
+from sdfserver.server.artifacts import FIT_FILES, MESH_FILES, REPORT, Artifacts
 from sdfserver.server.liveness import living
 from sdfserver.server.store import Row, Store
 
@@ -264,7 +264,7 @@ class Host:
             wanted.add(self.artifacts.upload(row.id, row.format))
             if row.state == JobState.SUCCEEDED:
                 wanted |= {self.artifacts.fit(row.id, row.fitted) / name for name in FIT_FILES}
-                wanted |= {self.artifacts.mesh(row.id, row.published) / name for name in (MESH, REPORT)}
+                wanted |= {self.artifacts.mesh(row.id, row.published) / name for name in MESH_FILES}
         return wanted
 
 

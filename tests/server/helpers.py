@@ -22,7 +22,7 @@ from fastapi import FastAPI
 from waiting import POSTGRES, QUICK, fresh_postgres, wait_until
 
 from sdfserver.server.app import create_app
-from sdfserver.server.artifacts import Artifacts
+from sdfserver.server.artifacts import FIT_FILES, MESH_FILES, Artifacts
 from sdfserver.server.routes import Service
 from sdfserver.server.settings import Settings
 from sdfserver.server.store import Attempt, Store
@@ -134,8 +134,8 @@ class Api(httpx.Client):
         """Have a job succeed, its files being names of themselves."""
         attempt = self.begin(job_id, worker)
         for folder, names in (
-            (self.artifacts.fit(job_id, attempt.number), ("field.safetensors", "cloud.npz", "fit.json")),
-            (self.artifacts.mesh(job_id, attempt.number), ("mesh.ply", "report.json")),
+            (self.artifacts.fit(job_id, attempt.number), FIT_FILES),
+            (self.artifacts.mesh(job_id, attempt.number), MESH_FILES),
         ):
             folder.mkdir()
             for name in names:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sdfserver.server.artifacts import FIT_FILES, Artifacts, Kept
+from sdfserver.server.artifacts import FIT_FILES, POINTS, PREVIEW, Artifacts, Kept
 
 
 @pytest.fixture
@@ -66,6 +66,31 @@ def test_a_child_has_the_field_after_its_parent_is_gone(artifacts: Artifacts) ->
         pass
     artifacts.remove("parent")
     assert {path.name for path in artifacts.fit("child", 0).iterdir()} == set(FIT_FILES)
+    assert [path.name for path in artifacts.jobs.joinpath("child").iterdir()] == ["fit-0"]
     with pytest.raises(FileNotFoundError), artifacts.linking("parent", 2, "late"):
         pass
     assert [path.name for path in artifacts.jobs.iterdir()] == ["child"]
+
+
+def test_a_child_needs_no_preview_but_all_else(artifacts: Artifacts) -> None:
+    fitted(artifacts, "parent", 1)
+    artifacts.fit("parent", 1).joinpath(PREVIEW).unlink()
+    with artifacts.linking("parent", 1, "child"):
+        pass
+    artifacts.fit("parent", 1).joinpath(POINTS).unlink()
+    with pytest.raises(FileNotFoundError), artifacts.linking("parent", 1, "late"):
+        pass
+    assert not artifacts.jobs.joinpath("late").exists()
+
+
+def test_a_cloud_is_shared_by_the_jobs_that_use_it(artifacts: Artifacts) -> None:
+    with artifacts.receiving("first", "ply") as stream:
+        stream.write(b"a cloud")
+    with artifacts.copying("first", "ply", "second"):
+        artifacts.sweep(lambda ids: {"first": Kept(ended=False, fitted=None, published=None)})
+    artifacts.remove("first")
+    assert artifacts.upload("second", "ply").read_bytes() == b"a cloud"
+    assert len(list(artifacts.jobs.joinpath("second").iterdir())) == 1
+    with pytest.raises(FileNotFoundError), artifacts.copying("first", "ply", "third"):
+        pass
+    assert not artifacts.jobs.joinpath("third").exists()

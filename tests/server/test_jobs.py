@@ -7,6 +7,7 @@ import httpx
 import pytest
 from server.helpers import XYZ, Api, is_problem, until
 
+from sdfserver.server.artifacts import FIT_FILES
 from sdfserver.server.queue import JobQueue
 from sdfserver.server.worker import sweep
 
@@ -315,7 +316,7 @@ def test_another_mesh_is_a_child_with_files_of_its_own(api: Api, worker: str) ->
     assert (child["options"]["resolution"], child["options"]["level"], child["options"]["faces"]) == (48, 0.1, 500)
     api.delete(f"/v1/jobs/{parent}")
     folder = api.artifacts.fit(child["id"], 0)
-    assert {path.name for path in folder.iterdir()} == {"field.safetensors", "cloud.npz", "fit.json"}
+    assert {path.name for path in folder.iterdir()} == set(FIT_FILES)
     assert api.job(child["id"])["state"] == "queued"
 
 

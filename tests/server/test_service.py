@@ -172,10 +172,6 @@ def test_the_documentation_loads_everything_from_this_server(app: App) -> None:
     assert not re.search(r"//(?!localhost)[a-z.]+\.(com|net|org|io)", page.text)
 
 
-def test_the_first_page_leads_to_it(app: App) -> None:
-    assert httpx.get(f"{app.url}/", follow_redirects=True).url.path == "/docs"
-
-
 def test_every_call_is_documented_with_what_it_answers(app: App) -> None:
     paths = httpx.get(f"{app.url}/openapi.json").json()["paths"]
     calls = {(method.upper(), path) for path, item in paths.items() for method in item}
