@@ -1,0 +1,61 @@
+// Form fields for options, made from the JSON Schema that the server gives for them.
+
+const SHOWN_ELSEWHERE = ["preset", "resolution", "device", "normals"];
+
+/** Fields for all options of a schema but those that stand elsewhere on the page. */
+export function fieldsOf(schema, prefix, { skip = SHOWN_ELSEWHERE } = {}) {
+  return Object.entries(schema.properties).filter(([name]) => !skip.includes(name)).map(([name, about]) => {
+    const row = document.createElement("div"), label = document.createElement("label");
+    row.className = "option";
+    label.textContent = name.replaceAll("_", " ").replace(/^./, (letter) => letter.toUpperCase());
+    label.htmlFor = `${prefix}-${name}`;
+    const input = inputOf(about);
+    input.id = label.htmlFor;
+    input.name = name;
+    row.append(label, input);
+    if (about.description) {
+      const note = document.createElement("p");
+      note.className = "note";
+      note.id = `${input.id}-note`;
+      note.textContent = about.description;
+      input.setAttribute("aria-describedby", note.id);
+      row.append(note);
+    }
+    return row;
+  });
+}
+
+function inputOf(about) {
+  const kinds = about.anyOf ?? [about];
+  const kind = kinds.find((option) => option.type !== "null");
+  const input = document.createElement("input");
+  input.dataset.type = kind.type;
+  if (kind.type === "boolean") {
+    input.type = "checkbox";
+    input.checked = Boolean(about.default);
+  } else if (kind.type === "array") {
+    input.type = "text";
+    input.placeholder = "x, y, z";
+  } else {
+    input.type = "number";
+    input.step = kind.type === "integer" ? "1" : "any";
+    if (kind.minimum !== undefined) input.min = kind.minimum;
+    if (kind.maximum !== undefined && kind.maximum < 2 ** 31) input.max = kind.maximum;
+    if (about.default !== null && about.default !== undefined) input.placeholder = about.default;
+  }
+  return input;
+}
+
+/** What has been filled in, by name; what has not is left to the server. */
+export function valuesOf(container) {
+  const values = {};
+  for (const input of container.querySelectorAll("input[name]")) {
+    if (input.type === "checkbox") {
+      if (input.checked) values[input.name] = true;
+    } else if (input.value.trim() !== "") {
+      values[input.name] = input.dataset.type === "array"
+        ? input.value.split(/[\s,]+/).filter(Boolean).map(Number) : Number(input.value);
+    }
+  }
+  return values;
+}

@@ -1,0 +1,357 @@
+"""The page as people use it, in a real browser."""
+
+import base64
+import io
+import re
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+from server.helpers import Process
+from web.conftest import NARROW, WIDE
+
+from sdfserver.server import page as page_module
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
+pytestmark = pytest.mark.timeout(300)
+JOB_S = 120.0
+
+
+def start(page: "Page", cloud: Path, *, preset: str = "draft", resolution: str = "64") -> str:
+    """Choose a file and have it reconstructed; the job's id."""
+    page.set_input_files("#file", cloud)
+    page.get_by_label(re.compile(f"^{preset}", re.IGNORECASE)).check(force=True)
+    page.get_by_label("Resolution").first.select_option(resolution)
+    page.get_by_role("button", name="Reconstruct").click()
+    page.wait_for_url(re.compile("#job="))
+    return page.url.partition("#job=")[2]
+
+
+def wait_for(page: "Page", expression: str, arg: object = None) -> None:
+    """Wait until that is true in the page. Playwright's own way needs eval, which the page's policy forbids."""
+    end = time.monotonic() + JOB_S
+    while not page.evaluate(expression, arg):
+        assert time.monotonic() < end, expression
+        page.wait_for_timeout(100)
+
+
+def wait_for_state(page: "Page", state: str) -> None:
+    wait_for(page, "state => document.querySelector('#job-state').textContent === state", state)
+
+
+def picture(page: "Page") -> np.ndarray:
+    """The view as it is drawn, without what lies over it."""
+    page.wait_for_timeout(300)
+    url = page.evaluate("document.querySelector('#view').toDataURL('image/png')")
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB")).astype(int)
+
+
+def drawn(image: np.ndarray) -> float:
+    """The share of the view that is not background."""
+    return float((np.abs(image - image[0, 0]).sum(axis=2) > 30).mean())
+
+
+def test_a_file_is_shown_reconstructed_looked_at_and_taken(page: "Page", server: Process, cloud: Path) -> None:
+    page.set_input_files("#file", cloud)
+    page.get_by_text("sparse.ply: 500 points").wait_for()
+    points = picture(page)
+    assert drawn(points) > 0.001
+    job = start(page, cloud)
+    seen = set()
+    wait_for(page, "document.querySelector('#bar').value > 0")
+    while page.locator("#job-state").inner_text() in ("queued", "running"):
+        seen.add(page.locator("#bar").evaluate("bar => bar.value"))
+        page.wait_for_timeout(200)
+    assert len(seen) >= 3, "the bar moves"
+    wait_for_state(page, "succeeded")
+    page.get_by_text(re.compile(r"triangles shown$")).wait_for()
+    surface = picture(page)
+    assert drawn(surface) > 0.05
+
+    box = page.locator("#view").bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + 400, box["y"] + 300)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 550, box["y"] + 340, steps=5)
+    page.mouse.up()
+    turned = picture(page)
+    assert np.abs(turned - surface).sum(axis=2).astype(bool).mean() > 0.02, "it turns"
+    page.mouse.wheel(0, 600)
+    assert drawn(picture(page)) < 0.8 * drawn(turned), "it goes away"
+
+    with page.expect_download() as started:
+        page.get_by_role("button", name="PLY", exact=True).click()
+    assert started.value.suggested_filename == "sparse.ply"
+    body = httpx.get(f"{server.url}/v1/jobs/{job}/mesh").content
+    assert Path(started.value.path()).read_bytes() == body
+    assert "closed, genus 0" in page.locator("#report").inner_text()
+
+
+def test_the_surface_is_seen_forming_and_the_losses_fall(page: "Page", cloud: Path) -> None:
+    start(page, cloud, resolution="128")
+    page.get_by_text("still forming").wait_for(timeout=1000 * JOB_S)
+    assert drawn(picture(page)) > 0.02
+    lines = page.locator("#losses polyline")
+    wait_for_state(page, "succeeded")
+    assert lines.count() >= 4
+    # The longest; screen coordinates grow downwards.
+    curves = [
+        [float(pair.split(",")[1]) for pair in (line.get_attribute("points") or "").split()] for line in lines.all()
+    ]
+    assert max(map(len, curves)) >= 3
+    assert any(curve[-1] > curve[0] for curve in curves if len(curve) >= 3)
+    assert "surface" in (page.locator("#losses svg").get_attribute("aria-label") or "")
+
+
+def test_the_ways_to_look_at_a_surface_differ(page: "Page", cloud: Path) -> None:
+    start(page, cloud)
+    wait_for_state(page, "succeeded")
+    page.get_by_text(re.compile(r"triangles shown$")).wait_for()
+    views = {}
+    for mode in ("Shaded", "Wireframe", "Normals", "Distance"):
+        page.get_by_role("radio", name=mode).check(force=True)
+        views[mode] = picture(page)
+    names = list(views)
+    for i, one in enumerate(names):
+        for other in names[i + 1 :]:
+            assert np.abs(views[one] - views[other]).sum(axis=2).astype(bool).mean() > 0.01, (one, other)
+    assert page.get_by_text("distance to the nearest point").is_visible()
+    page.get_by_role("radio", name="Shaded").check(force=True)
+    before = picture(page)
+    page.get_by_role("checkbox", name="Points").check(force=True)
+    assert np.abs(picture(page) - before).any(), "they were hidden"
+    page.get_by_role("checkbox", name="Points").uncheck(force=True)
+    page.get_by_role("checkbox", name="Slice").check(force=True)
+    page.get_by_text(re.compile("a line every")).wait_for()
+    middle = picture(page)
+    assert drawn(middle) > drawn(before)
+    page.locator("#slice-at").fill("0.2")
+    page.wait_for_timeout(1000)
+    assert np.abs(picture(page) - middle).sum(axis=2).astype(bool).mean() > 0.01
+    page.get_by_role("checkbox", name="Slice").uncheck(force=True)
+    assert drawn(picture(page)) < drawn(middle)
+
+
+def test_a_running_job_is_cancelled_and_run_again(page: "Page", cloud: Path) -> None:
+    first = start(page, cloud, preset="standard")
+    wait_for_state(page, "running")
+    page.locator("#cancel").click()
+    wait_for_state(page, "cancelled")
+    assert page.locator("#cancel").is_hidden()
+    page.get_by_role("button", name="Run again").click()
+    wait_for(page, "first => !location.hash.includes(first)", first)
+    wait_for(page, "['queued', 'running'].includes(document.querySelector('#job-state').textContent)")
+    page.locator("#cancel").click()
+    wait_for_state(page, "cancelled")
+
+
+def test_a_reload_in_mid_job_goes_on_with_it(page: "Page", cloud: Path) -> None:
+    job = start(page, cloud, preset="standard", resolution="64")
+    wait_for(page, "document.querySelectorAll('#losses polyline').length > 0")
+    page.reload()
+    assert page.url.endswith(job)
+    wait_for(page, "document.querySelectorAll('#losses polyline').length > 0")
+    assert page.locator("#job-name").inner_text() == "sparse.ply"
+    page.get_by_text(re.compile("of 900")).wait_for()
+    assert drawn(picture(page)) > 0.001, "its points are there again"
+    page.locator("#cancel").click()
+    wait_for_state(page, "cancelled")
+
+
+def test_errors_are_shown_as_the_server_says_them(page: "Page", server: Process, tmp_path: Path) -> None:
+    wrong = tmp_path / "cloud.doc"
+    wrong.write_bytes(b"no cloud")
+    page.set_input_files("#file", wrong)
+    page.get_by_role("button", name="Reconstruct").click()
+    page.locator("#submit-error").get_by_text("not a known cloud format").wait_for()
+    broken = tmp_path / "broken.ply"
+    broken.write_bytes(b"ply\nformat ascii 1.0\nelement vertex 3\n")
+    page.set_input_files("#file", broken)
+    page.get_by_role("button", name="Reconstruct").click()
+    wait_for_state(page, "failed")
+    job = httpx.get(f"{server.url}/v1/jobs/{page.url.partition('#job=')[2]}").json()
+    assert page.locator("#job-problem").inner_text() == job["problem"]["detail"]
+
+
+def test_a_cloud_without_normals_is_warned_of_and_gets_them(page: "Page", server: Process, data: Path) -> None:
+    page.get_by_role("button", name="bare", exact=True).click()
+    page.get_by_text("This cloud has no normals").wait_for()
+    page.get_by_label("Estimate them from the points").uncheck()
+    page.get_by_label(re.compile("^draft", re.IGNORECASE)).check(force=True)
+    page.get_by_role("button", name="Reconstruct").click()
+    wait_for_state(page, "failed")
+    assert "normals" in page.locator("#job-problem").inner_text()
+    failed = page.url
+    page.get_by_role("button", name="Estimate normals and try again").click()
+    wait_for(page, "failed => location.href !== failed", failed)
+    wait_for_state(page, "running")
+    job = httpx.get(f"{server.url}/v1/jobs/{page.url.partition('#job=')[2]}").json()
+    assert job["options"]["normals"] == "estimate"
+    page.locator("#cancel").click()
+    wait_for_state(page, "cancelled")
+
+
+def test_options_are_those_of_the_server_each_with_a_sentence(page: "Page", server: Process) -> None:
+    options = httpx.get(f"{server.url}/v1/options").json()
+    page.get_by_text("More options").click()
+    for name in ("trim", "faces", "seed", "priority", "max_seconds", "remove_outliers"):
+        field = page.locator(f"#job-{name}")
+        assert field.is_visible()
+        assert (
+            page.locator(f"#job-{name}-note").inner_text() == options["job_options"]["properties"][name]["description"]
+        )
+    assert page.locator("#resolution option").all_inner_texts() == ["256 (preset)", "64", "128", "256", "512"]
+    page.get_by_label(re.compile("^fine", re.IGNORECASE)).check(force=True)
+    assert page.locator("#resolution option").first.inner_text() == "512 (preset)"
+
+
+def test_a_mesh_is_made_again_and_the_list_keeps_both(page: "Page", server: Process, cloud: Path) -> None:
+    job = start(page, cloud)
+    wait_for_state(page, "succeeded")
+    page.get_by_text("Mesh again, without a new fit").click()
+    page.locator("#again-resolution").fill("24")
+    page.get_by_role("button", name="Mesh again").click()
+    wait_for(page, "job => !location.hash.includes(job)", job)
+    wait_for_state(page, "succeeded")
+    again = page.url.partition("#job=")[2]
+    assert httpx.get(f"{server.url}/v1/jobs/{again}").json()["parent_id"] == job
+    rows = page.locator("#jobs li")
+    rows.first.locator("img").wait_for()
+    assert rows.first.locator("img").evaluate("image => image.complete && image.naturalWidth > 0")
+    rows.first.get_by_role("button", name="Delete").click()
+    page.get_by_role("button", name="Keep it").click()
+    assert httpx.get(f"{server.url}/v1/jobs/{again}").status_code == 200
+    rows.first.get_by_role("button", name="Delete").click()
+    page.get_by_role("button", name="Delete it").click()
+    wait_for(page, "again => !document.querySelector(`#jobs a[href='#job=${again}']`)", again)
+    assert httpx.get(f"{server.url}/v1/jobs/{again}").status_code == 410
+    wait_for(page, "!document.querySelector('#new-panel').hidden")
+
+
+@pytest.mark.parametrize("width", [WIDE, NARROW], ids=["wide", "narrow"])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nothing_is_cut_off_or_hard_to_read(page: "Page", width: dict[str, int], scheme: str) -> None:
+    page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+    page.get_by_role("button", name="knot", exact=True).click()
+    page.get_by_text("knot.ply: 10,000 points").wait_for()
+    assert page.evaluate("document.documentElement.scrollWidth") <= width["width"]
+    faint = page.evaluate(
+        """() => {
+          const light = (color) => {
+            const [r, g, b] = color.match(/[\\d.]+/g).map(Number).map((v) => v / 255)
+              .map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
+            return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+          };
+          const behind = (element) => {
+            for (; element; element = element.parentElement) {
+              const color = getComputedStyle(element).backgroundColor;
+              if (!/, 0\\)$/.test(color)) return color;
+            }
+            return "rgb(255, 255, 255)";
+          };
+          return [...document.querySelectorAll("aside *, header *")]
+            .filter((e) => e.checkVisibility() && !e.closest(":disabled")
+              && [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim()))
+            .map((e) => {
+              const pair = [light(getComputedStyle(e).color), light(behind(e))].sort((a, b) => b - a);
+              return [e.textContent.trim().slice(0, 30), (pair[0] + 0.05) / (pair[1] + 0.05)];
+            })
+            .filter(([, contrast]) => contrast < 4.5);
+        }"""
+    )
+    assert faint == [], "WCAG 2.2 asks for a contrast of 4.5"
+
+
+def test_everything_has_a_name_and_the_keyboard_reaches_it(page: "Page") -> None:
+    page.get_by_text("More options").click()
+    nameless = page.evaluate(
+        """() => [...document.querySelectorAll("button, input, select, a, canvas, progress")]
+          .filter((e) => e.checkVisibility())
+          .filter((e) => !e.labels?.length && !e.getAttribute("aria-labelledby"))
+          .filter((e) => !e.ariaLabel && !e.textContent.trim())
+          .map((e) => e.outerHTML)"""
+    )
+    assert nameless == []
+    page.get_by_role("button", name="knot", exact=True).focus()
+    page.keyboard.press("Enter")
+    page.get_by_text("knot.ply: 10,000 points").wait_for()
+    before = picture(page)
+    page.locator("#view").focus()
+    page.keyboard.press("ArrowLeft")
+    assert np.abs(picture(page) - before).any()
+    page.keyboard.press("Home")
+    np.testing.assert_array_equal(picture(page), before)
+    reached = set()
+    page.locator("#view").focus()
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        reached.add(page.evaluate("document.activeElement.id"))
+    assert {"show-points", "turn-up", "reset-view", "file", "resolution", "device", "start"} <= reached
+
+
+def test_where_keys_are_in_use_the_page_asks_for_one(page: "Page", server: Process, cloud: Path) -> None:
+    """Simulated by an answer of the server's: this one asks for none."""
+    key = "Bearer sdf_secret"
+
+    def guard(route: object) -> None:
+        request = route.request  # type: ignore[attr-defined]
+        if request.headers.get("authorization") == key:
+            route.continue_()  # type: ignore[attr-defined]
+        else:
+            route.fulfill(  # type: ignore[attr-defined]
+                status=401, content_type="application/problem+json", body='{"status": 401, "detail": "a key is needed"}'
+            )
+
+    page.route("**/v1/**", guard)
+    page.reload()
+    page.get_by_label("Key", exact=True).fill("sdf_secret")
+    page.get_by_role("button", name="Use it").click()
+    page.get_by_role("button", name="knot", exact=True).wait_for()
+    assert page.locator("#key-form").is_hidden()
+    start(page, cloud)
+    wait_for_state(page, "succeeded")
+
+
+def test_without_three_js_all_but_the_view_works(page: "Page", cloud: Path) -> None:
+    page.route("**/three.js", lambda route: route.fulfill(status=404, body=""))
+    page.reload()
+    page.get_by_text("The viewer is not available").wait_for()
+    start(page, cloud)
+    wait_for_state(page, "succeeded")
+    with page.expect_download() as started:
+        page.get_by_role("button", name="GLB", exact=True).click()
+    assert Path(started.value.path()).read_bytes()[:4] == b"glTF"
+
+
+# What serves it
+
+
+def test_the_installed_trimesh_carries_three_js() -> None:
+    script = page_module.three_js()
+    assert script is not None
+    assert script.startswith(b"/**\n * @license\n * Copyright")
+    assert b"WebGLRenderer" in script
+    assert b"B64GLTF" not in script, "the library alone, without trimesh's own page"
+
+
+def test_only_the_pages_own_files_are_served(server: Process) -> None:
+    for name in ("main.js", "style.css", "three.js", "icon.svg"):
+        answer = httpx.get(f"{server.url}/web/{name}")
+        assert answer.status_code == 200
+        assert "default-src 'none'" in answer.headers["content-security-policy"]
+        tag = answer.headers["etag"]
+        assert tag
+    for name in ("../page.py", "%2e%2e%2fpage.py", "page.py", "main.js/x", ""):
+        assert httpx.get(f"{server.url}/web/{name}").status_code in (404, 405)
+
+
+def test_the_page_names_no_other_server(root: Path) -> None:
+    for path in (root / "sdfserver" / "server" / "web").iterdir():
+        found = re.findall(r"(?:https?:)?//[\w.-]+\.\w+", path.read_text(encoding="utf-8"))
+        assert [url for url in found if "www.w3.org" not in url] == [], path
