@@ -277,6 +277,10 @@ class Job:
                 raise
         return self
 
+    def restart(self, **options: Any) -> "Job":
+        """Start the same job once more, as another: `options` say what is different, and nothing is uploaded again."""
+        return self._start("restart", schemas.RestartOptions, options)
+
     def delete(self) -> None:
         """Remove the job and its files from the server; no error if they are gone already."""
         try:
@@ -307,12 +311,7 @@ class Job:
 
     def mesh(self, **options: Any) -> "Job":
         """Start a job for another mesh of this job's field; options are the fields of schemas.MeshJobOptions."""
-        body = _options(schemas.MeshJobOptions, options)
-        headers = _submission() | {"Content-Type": "application/json"}
-        path = f"{_job_path(self.id)}/meshes"
-        return Job(
-            self._client, _parsed(schemas.Job, self._client._request("POST", path, content=body, headers=headers))
-        )
+        return self._start("meshes", schemas.MeshJobOptions, options)
 
     @overload
     def sdf(self, points: "ArrayLike", *, gradient: Literal[False] = ...) -> "NDArray[np.float64]": ...
@@ -350,6 +349,14 @@ class Job:
         response = self._client._request("GET", _job_path(self.id), deadline=deadline)
         self.status = _parsed(schemas.Job, response)
         return self.status
+
+    def _start(self, how: str, model: type[BaseModel], options: Mapping[str, Any]) -> "Job":
+        """A new job made from this one."""
+        headers = _submission() | {"Content-Type": "application/json"}
+        path, body = f"{_job_path(self.id)}/{how}", _options(model, options)
+        return Job(
+            self._client, _parsed(schemas.Job, self._client._request("POST", path, content=body, headers=headers))
+        )
 
     def _late(self, timeout_s: float | None) -> JobTimeout:
         name = printable(self.id)

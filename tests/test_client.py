@@ -185,6 +185,11 @@ class Service:
         job = job_of("child", kind="mesh", parent_id="j1", options=options.model_dump())
         return Response(self.jobs.setdefault(key, job).model_dump_json(), 202)
 
+    async def post_restart(self, request: Request) -> Response:
+        changes = schemas.RestartOptions.model_validate_json(await request.body())
+        job = job_of("again", options={"seed": 0} | changes.model_dump(exclude_unset=True))
+        return Response(self.jobs.setdefault(request.headers["idempotency-key"], job).model_dump_json(), 202)
+
     async def post_sdf(self, request: Request) -> Response:
         asked = schemas.SdfRequest.model_validate_json(await request.body())
         self.queries.append(len(asked.points))
@@ -684,6 +689,15 @@ def test_another_mesh_is_a_job_of_its_own_and_made_once(service: Service, api: C
     assert (child.id, child.status.parent_id) == ("child", "j1")
     assert child.status.options["resolution"] == 64
     assert len(service.jobs) == 1
+
+
+def test_a_job_is_done_again_once_with_what_is_different(service: Service, api: Client) -> None:
+    service.losses["POST /v1/jobs/j1/restart"] = [lost]
+    again = api.job("j1").restart(normals="estimate")
+    assert (again.id, again.status.options) == ("again", {"seed": 0, "normals": "estimate"})
+    assert len(service.jobs) == 1
+    with pytest.raises(ConfigError, match="colour"):
+        api.job("j1").restart(colour="red")
 
 
 def test_jobs_come_page_by_page(service: Service, api: Client) -> None:
