@@ -35,8 +35,8 @@ def share_of(cloud: Path, preset: str, folder: Path) -> tuple[int, float, float]
         forming.show(progress, field)
         spent += time.perf_counter() - start
 
-    forming = Forming(folder / "preview.ply", told)
-    report = fit_field(read_cloud(cloud), preset=preset, on_field=show).report
+    forming = Forming(folder, told)
+    report = fit_field(read_cloud(cloud), preset=preset, on_cloud=forming.begin, on_field=show).report
     return count, spent, report["seconds"]["fit"]
 
 

@@ -7,21 +7,25 @@ import os
 from typing import BinaryIO
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from scipy.ndimage import median_filter
+from scipy.ndimage import binary_dilation, median_filter
 from scipy.spatial import cKDTree
+from skimage.measure import marching_cubes
 
 from sdfserver.cloud import PointCloud
-from sdfserver.extract import extract
+from sdfserver.errors import ExtractionError
 from sdfserver.field import SignedDistanceField
 from sdfserver.io import write_ply
-from sdfserver.mesh import TriangleMesh, simplify
+from sdfserver.mesh import TriangleMesh, simplify, vertex_normals
 from sdfserver.metrics import sample_surface
 
 MAX_POINTS = 50_000
 MAX_FACES = 200_000
-COARSE_RESOLUTION = 40
-"""Of a surface that is still forming: about as many evaluations as five steps of the fit."""
+COARSE_RESOLUTION = 36
+"""Cells along each side of the grid for a surface that is still forming."""
+REACH = 2
+"""How many cells from the points it is looked for."""
 PICTURE_PX = 160
 _SAMPLES_PER_PIXEL = 4
 _EYE = np.array([0.55, -0.75, 0.38])
@@ -30,17 +34,39 @@ _LIGHT = np.array([0.2, -0.6, 0.75])
 _COLOR = np.array([150.0, 178.0, 212.0])
 
 
-def write_points(cloud: PointCloud, path: str | os.PathLike[str]) -> None:
-    """Write MAX_POINTS of the cloud's points, spread evenly over their order, and their normals, as PLY."""
+def some_points(cloud: PointCloud) -> PointCloud:
+    """MAX_POINTS of the cloud's points, spread evenly over their order, or all if they are fewer."""
     rows = np.linspace(0, len(cloud.points) - 1, min(len(cloud.points), MAX_POINTS)).round().astype(np.int64)
-    write_ply(path, cloud.points[rows], normals=None if cloud.normals is None else cloud.normals[rows])
+    return PointCloud(points=cloud.points[rows], normals=None if cloud.normals is None else cloud.normals[rows])
 
 
-def coarse_surface(field: SignedDistanceField) -> TriangleMesh:
-    """The zero set of a field on a coarse grid, where marching cubes puts it. Raises ExtractionError."""
-    surface = extract(field, resolution=COARSE_RESOLUTION, projection_steps=0)
-    vertices = field.frame.to_world(surface.vertices_unit)
-    return TriangleMesh(vertices=vertices, faces=surface.faces, normals=surface.normals)
+def coarse_surface(field: SignedDistanceField, points: NDArray[np.float64]) -> TriangleMesh:
+    """The zero set of a field near `points` (n, 3, world units), on a coarse grid, where marching cubes puts it.
+
+    What forms farther than REACH cells from every point is left out, so that most of the grid need not be evaluated: a
+    field that is still forming is no distance yet, by which more could be told. Raises ExtractionError where there is
+    nothing.
+    """
+    n = COARSE_RESOLUTION
+    cells = np.zeros((n, n, n), dtype=bool)
+    low = np.floor((field.frame.to_unit(points) + 1) / 2 * n).astype(np.int64).clip(0, n - 1)
+    cells[tuple(low.T)] = True
+    cells = binary_dilation(cells, np.ones((3, 3, 3), dtype=bool), iterations=REACH)
+    nodes = np.zeros((n + 1, n + 1, n + 1), dtype=bool)
+    for corner in np.ndindex(2, 2, 2):
+        nodes[tuple(slice(i, i + n) for i in corner)] |= cells
+    values = np.ones(nodes.shape, dtype=np.float32)
+    where = torch.from_numpy((np.argwhere(nodes) / n * 2 - 1).astype(np.float32)).to(field.device)
+    with torch.no_grad():
+        values[nodes] = field.value(where).float().cpu().numpy()
+    wanted = np.zeros_like(nodes)
+    wanted[1:, 1:, 1:] = cells  # scikit-image asks the mask at a cell's far corner
+    try:
+        vertices, faces, _, _ = marching_cubes(values, 0.0, mask=wanted, allow_degenerate=False)
+    except (ValueError, RuntimeError):
+        raise ExtractionError("the field has no surface near the points yet") from None
+    world = field.frame.to_world(vertices.astype(np.float64) / n * 2 - 1)
+    return TriangleMesh(vertices=world, faces=faces.astype(np.int64), normals=vertex_normals(world, faces))
 
 
 def write_surface(mesh: TriangleMesh, cloud: PointCloud, path: str | os.PathLike[str]) -> None:

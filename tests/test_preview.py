@@ -7,24 +7,28 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.spatial import cKDTree
 from shapes import sphere, torus
 from skimage.measure import marching_cubes
 
 from sdfserver.cloud import Frame, PointCloud
 from sdfserver.config import NetworkConfig
 from sdfserver.errors import ExtractionError
+from sdfserver.extract import extract
 from sdfserver.field import SignedDistanceField
-from sdfserver.io import read_cloud, read_mesh
+from sdfserver.io import read_cloud, read_mesh, write_ply
 from sdfserver.mesh import TriangleMesh
 from sdfserver.metrics import mesh_health
 from sdfserver.preview import (
+    COARSE_RESOLUTION,
     MAX_FACES,
     MAX_POINTS,
     PICTURE_PX,
+    REACH,
     coarse_surface,
     picture,
+    some_points,
     write_picture,
-    write_points,
     write_surface,
 )
 from sdfserver.siren import Siren
@@ -37,11 +41,10 @@ def ball(resolution: int, radius: float = 1.0) -> TriangleMesh:
     return TriangleMesh(vertices=vertices - 1.5, faces=faces.astype(np.int64), normals=normals.astype(np.float32))
 
 
-def test_a_small_cloud_is_shown_whole_and_a_large_one_in_part(tmp_path: Path) -> None:
+def test_a_small_cloud_is_shown_whole_and_a_large_one_in_part() -> None:
     for n in (1000, MAX_POINTS + 7):
         cloud = sphere(n)
-        write_points(cloud, tmp_path / "points.ply")
-        shown = read_cloud(tmp_path / "points.ply")
+        shown = some_points(cloud)
         assert len(shown.points) == min(n, MAX_POINTS)
         np.testing.assert_allclose(shown.points[[0, -1]], cloud.points[[0, -1]], atol=1e-6)
         assert shown.normals is not None
@@ -51,7 +54,7 @@ def test_a_small_cloud_is_shown_whole_and_a_large_one_in_part(tmp_path: Path) ->
 def test_points_at_map_coordinates_keep_their_place(tmp_path: Path) -> None:
     cloud = sphere(500)
     far = PointCloud(points=cloud.points + np.array([500_000, 5_400_000, 300]), normals=cloud.normals)
-    write_points(far, tmp_path / "points.ply")
+    write_ply(tmp_path / "points.ply", far.points, normals=far.normals)
     np.testing.assert_allclose(read_cloud(tmp_path / "points.ply").points, far.points, rtol=0, atol=1e-6)
 
 
@@ -78,22 +81,41 @@ def test_a_small_mesh_is_shown_as_it_is(tmp_path: Path) -> None:
     assert shown.normals is not None
 
 
-def test_a_field_that_is_still_forming_has_a_coarse_surface_in_world_units() -> None:
+def plane(offset: float = 0.0) -> Siren:
+    """phi = sin(z) + offset."""
     siren = Siren(NetworkConfig(hidden=8, layers=1, omega=1.0))
-    with torch.no_grad():  # phi = sin(z): a plane, which the cube's border leaves open
-        siren.weights[0].zero_()
-        siren.weights[0][0, 2] = 1.0
-        siren.biases[0].zero_()
-        siren.weights[1].zero_()
-        siren.weights[1][0, 0] = 1.0
-        siren.biases[1].zero_()
-    frame = Frame.around(torus().points + np.array([10, 20, 30]))
-    mesh = coarse_surface(SignedDistanceField(siren, frame))
-    np.testing.assert_allclose(mesh.vertices[:, 2], frame.center[2], atol=1e-3)
     with torch.no_grad():
-        siren.biases[1].fill_(5.0)
+        for parameter in siren.parameters():
+            parameter.zero_()
+        siren.weights[0][0, 2] = siren.weights[1][0, 0] = 1.0
+        siren.biases[1].fill_(offset)
+    return siren
+
+
+def test_a_field_that_is_still_forming_has_a_coarse_surface_near_its_points() -> None:
+    points = torus().points * 10 + np.array([100, 200, 300])
+    frame = Frame.around(points)
+    mesh = coarse_surface(SignedDistanceField(plane(), frame), points)
+    np.testing.assert_allclose(mesh.vertices[:, 2], 300, atol=1e-2)
+    assert mesh.normals is not None
+    np.testing.assert_allclose(mesh.normals, np.broadcast_to([0, 0, 1], mesh.normals.shape), atol=1e-5)
+    distance, _ = cKDTree(points).query(mesh.vertices)
+    cell = 2 / COARSE_RESOLUTION / frame.scale
+    assert distance.max() < (REACH + 1) * np.sqrt(3) * cell
+    hole = np.linalg.norm(mesh.vertices[:, :2] - [100, 200], axis=1) < 2
+    assert not hole.any(), "far from all points it is not looked for"
     with pytest.raises(ExtractionError):
-        coarse_surface(SignedDistanceField(siren, frame))
+        coarse_surface(SignedDistanceField(plane(5.0), frame), points)
+
+
+def test_a_coarse_surface_is_that_of_the_whole_grid_where_it_is_near_the_points() -> None:
+    cloud = sphere(5000, radius=3.0)
+    frame = Frame.around(cloud.points)
+    siren = Siren(NetworkConfig(hidden=16, layers=2, omega=3.0), generator=torch.Generator().manual_seed(0))
+    field = SignedDistanceField(siren, frame)
+    whole = extract(field, resolution=COARSE_RESOLUTION, projection_steps=0)
+    every, _ = cKDTree(frame.to_world(whole.vertices_unit)).query(coarse_surface(field, cloud.points).vertices)
+    assert every.max() < 1e-3 / frame.scale
 
 
 def test_a_picture_shows_the_shape_on_nothing() -> None:

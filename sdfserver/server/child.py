@@ -47,9 +47,8 @@ log = logging.getLogger(__name__)
 STOP = "stop"
 READY = "ready"
 PROGRESS_SECONDS = 0.1
-PREVIEW_SHARES = (0.1, 0.25, 0.5, 0.75)
-"""When the surface is shown while it forms, as shares of the fit's steps: five grids with the last, each as dear as
-about five steps."""
+PREVIEW_SHARES = (0.1, 0.25, 0.5, 0.8)
+"""When the surface is shown while it forms, as shares of the fit's steps."""
 NICENESS = 10
 """Behind the API and the worker: they must answer while both cores compute."""
 
@@ -198,7 +197,6 @@ def _fit(task: FitTask, reporter: _Reporter) -> None:
 
     from sdfserver.io import read_cloud
     from sdfserver.normals import prepare
-    from sdfserver.preview import write_points
     from sdfserver.reconstruct import FIT_STAGES, Clock, Progress, fit_field, report_json
 
     reporter.show(Progress(stage="prepare", fraction=0.0))
@@ -212,14 +210,15 @@ def _fit(task: FitTask, reporter: _Reporter) -> None:
         estimate=options.normals == "estimate",
         viewpoint=None if options.viewpoint is None else np.array(options.viewpoint),
     )
+    forming = Forming(task.folder, reporter.previewed)
     fitted = fit_field(
         cloud,
         preset=options.preset,
         device=task.device if options.device == "auto" else options.device,
         seed=options.seed,
         clock=Clock(reporter.show, FIT_STAGES),
-        on_cloud=lambda cloud: write_points(cloud, task.folder / POINTS),
-        on_field=Forming(task.folder / PREVIEW, reporter.previewed).show,
+        on_cloud=forming.begin,
+        on_field=forming.show,
         should_stop=reporter.should_stop,
     )
     about = fitted.report["cloud"]
@@ -230,23 +229,32 @@ def _fit(task: FitTask, reporter: _Reporter) -> None:
 
 
 class Forming:
-    """Writes the surface to a file a few times while it forms, and tells how often it has."""
+    """Leaves in `folder` what can be looked at while a field forms, and tells how often its surface has been shown."""
 
-    def __init__(self, path: Path, tell: Callable[[int], None]) -> None:
-        self._path, self._tell = path, tell
+    def __init__(self, folder: Path, tell: Callable[[int], None]) -> None:
+        self._folder, self._tell = folder, tell
+        self._points: PointCloud | None = None
         self._shown = self._due = 0
 
+    def begin(self, cloud: "PointCloud") -> None:
+        """Show some of the points."""
+        from sdfserver.io import write_ply
+        from sdfserver.preview import some_points
+
+        self._points = some_points(cloud)
+        write_ply(self._folder / POINTS, self._points.points, normals=self._points.normals)
+
     def show(self, progress: "FitProgress", field: "SignedDistanceField") -> None:
-        """Show the field, if it is time to."""
+        """Show the surface, if it is time to."""
         from sdfserver.io import write_mesh
         from sdfserver.preview import coarse_surface
 
-        due = sum(progress.step >= share * progress.steps for share in (*PREVIEW_SHARES, 1.0))
-        if due == self._due:
+        due = sum(progress.step >= share * progress.steps for share in PREVIEW_SHARES)
+        if due == self._due or self._points is None:
             return
         self._due = due
         with contextlib.suppress(ExtractionError):  # nothing to be seen yet
-            write_mesh(coarse_surface(field), self._path)
+            write_mesh(coarse_surface(field, self._points.points), self._folder / PREVIEW)
             self._shown += 1
             self._tell(self._shown)
 
