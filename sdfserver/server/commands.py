@@ -77,7 +77,7 @@ def serve(
     counted = f"{settings.workers} worker{'' if settings.workers == 1 else 's'}"
 
     def say(url: str) -> None:
-        _say(f"serving on {url} ({counted}, data in {settings.data_dir}); try {url}/docs, stop with Ctrl-C")
+        _say(f"serving on {url} ({counted}, data in {settings.data_dir}); open it in a browser, stop with Ctrl-C")
 
     run(settings, say)
 

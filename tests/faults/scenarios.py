@@ -108,8 +108,8 @@ def everything_killed(host: Host) -> Recovery:
     return Recovery(jobs, host.running(jobs[0], 2) - started)
 
 
-def worker_frozen(host: Host, **settings: Any) -> tuple[Recovery, psutil.Process]:
-    """SIGSTOP of one of two workers for longer than its lease, without a supervisor; it is still frozen in the end."""
+def fitting_beside_another(host: Host, **settings: Any) -> tuple[str, psutil.Process]:
+    """A job in mid-fit, and the one of two workers that has it; nobody watches over them."""
     host.start("api", **settings)
     host.start("worker", **settings)
     host.ready()
@@ -118,6 +118,12 @@ def worker_frozen(host: Host, **settings: Any) -> tuple[Recovery, psutil.Process
     first = host.process("worker")
     host.start("worker", **settings)
     host.ready(workers=2)
+    return job, first
+
+
+def worker_frozen(host: Host, **settings: Any) -> tuple[Recovery, psutil.Process]:
+    """SIGSTOP of one of two workers for longer than its lease, without a supervisor; it is still frozen in the end."""
+    job, first = fitting_beside_another(host, **settings)
     host.freeze(first)
     harmed = time.monotonic()
     return Recovery([job], host.running(job, 2) - harmed), first
@@ -127,16 +133,11 @@ def worker_frozen_writing(host: Host, *, supervised: bool, **settings: Any) -> R
     """SIGSTOP of a worker that holds SQLite's lock: nobody else can write until it is killed."""
     if supervised:
         host.serve(**settings)
+        job = host.submit()
+        host.fitting(job)
+        first = host.process("worker")
     else:
-        host.start("api", **settings)
-        host.start("worker", **settings)
-        host.ready()
-    job = host.submit()
-    host.fitting(job)
-    first = host.process("worker")
-    if not supervised:
-        host.start("worker", **settings)
-        host.ready(workers=2)
+        job, first = fitting_beside_another(host, **settings)
     host.freeze(first, writing=True)
     harmed = time.monotonic()
     return Recovery([job], host.running(job, 2) - harmed)
