@@ -538,7 +538,7 @@ def get_preview(request: Request, service: TheService, row: TheJob) -> Response:
         # Read, not sent as a file: it is replaced when the next one is there.
         tag, body = f'"{row.id}-{path.parent.name}-{path.stat().st_mtime_ns}"', path.read_bytes()
     except FileNotFoundError:
-        raise ProblemError("state", f"job {row.id} is {row.state} and has no preview; wait for one") from None
+        raise _not_there(row, "preview") from None
     headers = {"ETag": tag, "Cache-Control": "private, no-cache"}
     if _is_known(request, tag):
         return Response(status_code=304, headers=headers)
@@ -555,7 +555,7 @@ def get_points(request: Request, service: TheService, row: TheJob) -> Response:
     """Some of the points that the field is fitted to, with their normals, as PLY; there as soon as the fit begins."""
     path = _fit_folder(service, row) / POINTS
     if row.state != JobState.SUCCEEDED and not path.exists():
-        raise ProblemError("state", f"job {row.id} is {row.state} and has no points to show; wait until it fits")
+        raise _not_there(row, "points to show")
     return _file(request, row, path, PurePosixPath(row.name).stem + "-points.ply", "application/octet-stream")
 
 
@@ -576,6 +576,11 @@ def get_field(request: Request, service: TheService, row: FinishedJob) -> Respon
     """The signed distance field, as safetensors."""
     name = PurePosixPath(row.name).stem + ".safetensors"
     return _file(request, row, _field_path(service, row), name, "application/octet-stream")
+
+
+def _not_there(row: Row, what: str) -> ProblemError:
+    remedy = "run it again" if JobState(row.state).final else "wait a moment"
+    return ProblemError("state", f"job {row.id} is {row.state} and has no {what}; {remedy}")
 
 
 def _fit_folder(service: Service, row: Row) -> Path:

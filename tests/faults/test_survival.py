@@ -155,7 +155,7 @@ def test_a_worker_that_cannot_beat_for_three_leases_is_not_dead(host: Host) -> N
     host.leaves_nothing_behind()
 
 
-@on_both
+@on_both_slowly
 def test_a_new_service_follows_at_once_on_one_whose_supervisor_was_killed(host: Host) -> None:
     serving = host.serve()
     job = host.submit()

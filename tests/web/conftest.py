@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from server.helpers import Process, process
 
+from sdfserver.client import Client
+
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
@@ -40,6 +42,13 @@ def server(browser: "Browser", tmp_path_factory: pytest.TempPathFactory) -> Iter
     """`sdfserver serve`."""
     with process("serve", tmp_path_factory.mktemp("page"), min_free_bytes=0, max_resolution=512) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def finished(server: Process, data: Path) -> str:
+    """The id of a job that has succeeded."""
+    with Client(server.url) as client:
+        return client.submit(data / "sparse.ply", preset="draft", resolution=64).wait().id
 
 
 @pytest.fixture

@@ -33,6 +33,12 @@ def start(page: "Page", cloud: Path, *, preset: str = "draft", resolution: str =
     return page.url.partition("#job=")[2]
 
 
+def open_job(page: "Page", job: str) -> None:
+    """Follow the link to a job that has succeeded."""
+    page.locator(f"#jobs a[href='#job={job}']").click()
+    wait_for_state(page, "succeeded")
+
+
 def wait_for(page: "Page", expression: str, arg: object = None) -> None:
     """Wait until that is true in the page. Playwright's own way needs eval, which the page's policy forbids."""
     end = time.monotonic() + JOB_S
@@ -109,9 +115,8 @@ def test_the_surface_is_seen_forming_and_the_losses_fall(page: "Page", cloud: Pa
     assert "surface" in (page.locator("#losses svg").get_attribute("aria-label") or "")
 
 
-def test_the_ways_to_look_at_a_surface_differ(page: "Page", cloud: Path) -> None:
-    start(page, cloud)
-    wait_for_state(page, "succeeded")
+def test_the_ways_to_look_at_a_surface_differ(page: "Page", finished: str) -> None:
+    open_job(page, finished)
     page.get_by_text(re.compile(r"triangles shown$")).wait_for()
     views = {}
     for mode in ("Shaded", "Wireframe", "Normals", "Distance"):
@@ -211,9 +216,9 @@ def test_options_are_those_of_the_server_each_with_a_sentence(page: "Page", serv
     assert page.locator("#resolution option").first.inner_text() == "512 (preset)"
 
 
-def test_a_mesh_is_made_again_and_the_list_keeps_both(page: "Page", server: Process, cloud: Path) -> None:
-    job = start(page, cloud)
-    wait_for_state(page, "succeeded")
+def test_a_mesh_is_made_again_and_the_list_keeps_both(page: "Page", server: Process, finished: str) -> None:
+    job = finished
+    open_job(page, job)
     page.get_by_text("Mesh again, without a new fit").click()
     page.locator("#again-resolution").fill("24")
     page.get_by_role("button", name="Mesh again").click()
@@ -314,16 +319,17 @@ def test_where_keys_are_in_use_the_page_asks_for_one(page: "Page", server: Proce
     page.get_by_role("button", name="Use it").click()
     page.get_by_role("button", name="knot", exact=True).wait_for()
     assert page.locator("#key-form").is_hidden()
-    start(page, cloud)
-    wait_for_state(page, "succeeded")
+    start(page, cloud, preset="standard")
+    wait_for_state(page, "running")
+    page.locator("#cancel").click()
+    wait_for_state(page, "cancelled")
 
 
-def test_without_three_js_all_but_the_view_works(page: "Page", cloud: Path) -> None:
+def test_without_three_js_all_but_the_view_works(page: "Page", finished: str) -> None:
     page.route("**/three.js", lambda route: route.fulfill(status=404, body=""))
     page.reload()
     page.get_by_text("The viewer is not available").wait_for()
-    start(page, cloud)
-    wait_for_state(page, "succeeded")
+    open_job(page, finished)
     with page.expect_download() as started:
         page.get_by_role("button", name="GLB", exact=True).click()
     assert Path(started.value.path()).read_bytes()[:4] == b"glTF"
