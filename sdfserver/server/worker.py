@@ -316,7 +316,8 @@ class Worker:
                     self._store.update(attempt, **standing.columns(latest))
                     latest, stored_at = None, now
         except (EOFError, ConnectionError, OSError):
-            log.warning("the process of job %s died in attempt %d", row.id, attempt.number)
+            if not self._leaving.is_set():  # then it was us
+                log.warning("the process of job %s died in attempt %d", row.id, attempt.number)
             self._kill()
             return End.DIED, nothing
 
