@@ -9,7 +9,8 @@ SdfServerError
 +-- FieldFormatError        a saved field cannot be read
 +-- DeviceError             the requested device is not there
 +-- DivergenceError         the fit left its bounds and did not recover
-+-- ExtractionError         the field has no surface to mesh at this level
++-- ExtractionError         the field cannot be meshed
+|   +-- NoSurfaceError      it has no surface at this level
 +-- Stopped                 the caller asked for an end before there was a result
 +-- ServiceError            a server did not do what was asked of it; `.problem` says why, where it said so
     +-- ConnectionFailed    no answer, however often it was asked
@@ -68,6 +69,19 @@ class DivergenceError(SdfServerError):
 
 class ExtractionError(SdfServerError):
     """The field has no surface to mesh at the requested level."""
+
+
+class NoSurfaceError(ExtractionError):
+    """The field has no surface at the requested level; its values run from `lowest` to `highest`."""
+
+    def __init__(self, level: float, lowest: float, highest: float) -> None:
+        run = f"its values on the grid run from {lowest:.4g} to {highest:.4g}"
+        super().__init__(f"the field has no surface at level {level:.4g}: {run}")
+        self.level, self.lowest, self.highest = level, lowest, highest
+
+    def scaled(self, factor: float) -> "NoSurfaceError":
+        """The same in another unit."""
+        return NoSurfaceError(self.level * factor, self.lowest * factor, self.highest * factor)
 
 
 class Stopped(SdfServerError):  # noqa: N818 - what the caller wished for, not a fault

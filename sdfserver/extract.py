@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from skimage.measure import marching_cubes
 from torch import Tensor
 
-from sdfserver.errors import ExtractionError, Stopped
+from sdfserver.errors import ExtractionError, NoSurfaceError, Stopped
 from sdfserver.mesh import face_normals, vertex_normals
 
 BRICK = 8
@@ -480,10 +480,7 @@ def _flood(grid: _Grid, lattice: _Lattice, cells: Tensor) -> Tensor:
         cells = _visit(lattice, cells[((cells >= 0) & (cells < grid.resolution)).all(dim=-1)])
     result = _mixed(lattice, torch.cat(found))
     if not len(result):
-        raise ExtractionError(
-            f"the field has no surface at level {grid.level:g}: "
-            f"its values on the grid run from {grid.lowest:.4g} to {grid.highest:.4g}"
-        )
+        raise NoSurfaceError(grid.level, grid.lowest, grid.highest)
     return lattice.nodes(lattice.distinct(lattice.slots(result)))
 
 

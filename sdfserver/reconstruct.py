@@ -16,7 +16,7 @@ from scipy.spatial import cKDTree
 import sdfserver
 from sdfserver.cloud import Frame, PointCloud, drop_strays, validate
 from sdfserver.config import PRESETS, FitConfig, MeshConfig, NetworkConfig
-from sdfserver.errors import ConfigError, DeviceError
+from sdfserver.errors import ConfigError, DeviceError, NoSurfaceError
 from sdfserver.extract import ExtractedSurface, extract
 from sdfserver.field import SignedDistanceField
 from sdfserver.fit import FitProgress, FitReport, fit
@@ -232,14 +232,17 @@ def mesh_field(
     """The second half of `reconstruct`: the mesh of `field`, measured against the `cloud` it was fitted to."""
     clock = clock or Clock(None, MESH_STAGES)
     with clock.running("mesh"):
-        surface = extract(
-            field,
-            resolution=config.resolution,
-            level=config.level_world * field.frame.scale,
-            projection_steps=config.projection_steps,
-            on_progress=clock.report,
-            should_stop=should_stop,
-        )
+        try:
+            surface = extract(
+                field,
+                resolution=config.resolution,
+                level=config.level_world * field.frame.scale,
+                projection_steps=config.projection_steps,
+                on_progress=clock.report,
+                should_stop=should_stop,
+            )
+        except NoSurfaceError as error:
+            raise error.scaled(1 / field.frame.scale) from None
         triangles = finish_mesh(to_world(surface, field.frame), cloud, config)
     with clock.running("measure"):
         accuracy = asdict(cloud_to_mesh(cloud, triangles))

@@ -9,7 +9,7 @@ from shapes import even_sphere, sphere, torus
 
 from sdfserver.cloud import PointCloud
 from sdfserver.config import FitConfig, MeshConfig, NetworkConfig, PoolConfig
-from sdfserver.errors import CloudError, ConfigError, DeviceError, Stopped
+from sdfserver.errors import CloudError, ConfigError, DeviceError, NoSurfaceError, Stopped
 from sdfserver.reconstruct import (
     FIT_STAGES,
     MESH_STAGES,
@@ -137,3 +137,11 @@ def test_the_two_halves_make_what_the_whole_makes(torus_job: Reconstruction) -> 
     assert set(report) == set(torus_job.report)
     assert report["seconds"].keys() == torus_job.report["seconds"].keys()
     assert [p.stage for p in seen if p.fraction == 0.0] == ["prepare", "mesh"]
+
+
+def test_a_level_without_a_surface_is_told_in_the_clouds_own_units() -> None:
+    cloud = sphere(800)
+    thousand = PointCloud(points=1000 * cloud.points, normals=cloud.normals)
+    with pytest.raises(NoSurfaceError, match="no surface at level 9000:") as raised:
+        quick(thousand, mesh=MeshConfig(resolution=24, level_world=9000.0))
+    assert 100 < raised.value.highest < 5000

@@ -166,7 +166,7 @@ def _run(task: FitTask | MeshTask, reporter: _Reporter) -> Outcome:
         return Outcome(how="stopped")
     except SdfServerError as error:
         kind = next((kind for kinds, kind in _PROBLEMS.items() if isinstance(error, kinds)), "internal")
-        return Outcome(how="failed", problem=kind, detail=_without_paths(str(error), task))
+        return Outcome(how="failed", problem=kind, detail=_in_our_words(str(error), task))
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return Outcome(how="failed", problem="disk-full", detail="the disk filled up while the job ran")
@@ -290,8 +290,9 @@ def _save_cloud(cloud: "PointCloud", path: Path) -> None:
     np.savez(path, points=cloud.points, normals=cloud.normals)
 
 
-def _without_paths(message: str, task: FitTask | MeshTask) -> str:
-    """The message, with the user's name for the cloud where ours stood."""
+def _in_our_words(message: str, task: FitTask | MeshTask) -> str:
+    """The message, with the interface's option for the command's, and the user's name for the cloud instead of ours."""
+    message = message.replace("--normals estimate", "normals=estimate")
     if isinstance(task, FitTask):
         message = message.replace(str(task.cloud), task.name).replace(task.cloud.name, task.name)
     return message.replace(str(task.folder), "the job's folder")

@@ -141,7 +141,11 @@ class Supervisor:
         self._stopping = threading.Event()
 
     def stop(self) -> None:
-        """End everything in order."""
+        """End everything in order; asked again, without waiting for jobs."""
+        if self._stopping.is_set():
+            for process in self._processes:
+                if process.running is not None and process.running.poll() is None:
+                    process.running.terminate()
         self._stopping.set()
 
     def run(self) -> None:
@@ -207,6 +211,9 @@ class Supervisor:
             process.running.wait()
 
     def _end(self) -> None:
+        if self._settings.drain_seconds and self._settings.workers:
+            wait = f"a job under way has {self._settings.drain_seconds:g} s to finish"
+            log.info("stopping; %s; once more, and it goes back into the queue at once", wait)
         # The API first: what it accepts now would wait until the next start.
         api, *workers = [process.running for process in self._processes]
         for running in (*workers, api):

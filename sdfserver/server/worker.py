@@ -96,7 +96,9 @@ class Worker:
         self._idle.set()
 
     def stop(self) -> None:
-        """Finish the job under way, if that takes no longer than the settings allow, and end."""
+        """Finish the job under way, if that takes no longer than the settings allow, and end; asked again, end now."""
+        if self._draining.is_set():
+            self._idle.set()
         self._draining.set()
 
     def run(self) -> None:

@@ -189,6 +189,18 @@ def test_sigterm_with_no_time_to_finish_puts_the_job_back(host: Host) -> None:
     host.leaves_nothing_behind()
 
 
+@pytest.mark.slow
+def test_a_second_sigterm_does_not_wait_for_the_job(host: Host) -> None:
+    serving = host.serve(drain_seconds=600)
+    job = host.submit(preset="standard")
+    host.fitting(job)
+    serving.terminate()
+    until(lambda: "once more" in host.said())
+    host.stop(serving)
+    assert host.row(job).state == JobState.QUEUED
+    host.client.close()
+
+
 @on_both_slowly
 def test_a_job_that_kills_its_child_each_time_fails_and_the_next_one_runs(host: Host) -> None:
     host.serve()

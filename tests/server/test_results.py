@@ -185,6 +185,7 @@ def test_a_level_outside_the_field_fails_with_the_reason(served: Served) -> None
     child = wait(served, answer.headers["location"])
     assert (child["state"], child["problem"]["status"]) == ("failed", 422)
     assert child["problem"]["type"] == "urn:sdfserver:problem:no-surface"
+    assert "level 1e+06" in child["problem"]["detail"]
 
 
 def test_a_cloud_that_is_none_fails_with_the_reason_under_its_own_name(served: Served) -> None:

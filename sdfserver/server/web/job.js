@@ -10,10 +10,10 @@ const $ = (id) => document.getElementById(id);
 const FORMATS = ["ply", "glb", "obj", "stl", "off"];
 
 export class JobView {
-  constructor(stage, { onOpen, onEnded, onRemoved }) {
+  constructor(stage, { onOpen, onChanged, onRemoved }) {
     this.stage = stage;
     this.onOpen = onOpen;
-    this.onEnded = onEnded;
+    this.onChanged = onChanged;
     this.onRemoved = onRemoved;
     this.chart = new LossChart($("losses"));
     this.id = null;
@@ -26,7 +26,7 @@ export class JobView {
       if (!(await confirmed(`Delete ${this.job.name} with its mesh and its field?`))) return;
       await api.deleteJob(this.id);
       onRemoved();
-      onEnded();
+      onChanged();
     });
     $("again-form").addEventListener("submit", (event) => {
       event.preventDefault();
@@ -115,7 +115,7 @@ export class JobView {
     $("result").hidden = job.state !== "succeeded";
     this.look(job);
     if (job.state === "succeeded" && was?.state !== "succeeded") this.run(() => this.showReport(job.id));
-    if (ended && was && !api.isFinal(was)) this.onEnded();
+    if (was && was.state !== job.state) this.onChanged();
   }
 
   /** Fetches what there is to be looked at and has not been shown. */

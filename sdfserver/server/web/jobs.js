@@ -134,7 +134,9 @@ export async function confirmed(question) {
 }
 
 function about(job) {
-  const what = job.kind === "mesh" ? "mesh again" : job.options.preset;
+  const { level, resolution, preset } = job.options;
+  const what = job.kind === "reconstruction" ? preset
+    : `mesh again${resolution ? ` at ${resolution}` : ""}${level ? `, level ${level}` : ""}`;
   if (job.state === "running") return `${what}, ${Math.round(100 * job.progress)} %`;
   if (job.state === "queued") return `${what}, place ${job.queue_position ?? "?"}`;
   return `${what}, ${ago(job.finished_at)}`;

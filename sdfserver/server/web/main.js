@@ -11,7 +11,7 @@ const $ = (id) => document.getElementById(id);
 
 const stage = new Stage();
 const jobs = new JobList({ onOpen: openJob, onRemoved: (id) => view.id === id && openNew() });
-const view = new JobView(stage, { onOpen: openJob, onEnded: () => jobs.refresh(), onRemoved: openNew });
+const view = new JobView(stage, { onOpen: openJob, onChanged: () => jobs.refresh().catch(report), onRemoved: openNew });
 let chosen = null;  // the file that Reconstruct uploads
 let options = null;
 
@@ -149,6 +149,7 @@ function forget() {
 // What the server offers
 
 function askForKey() {
+  document.body.classList.add("locked");
   $("key-form").hidden = false;
   $("key").focus();
 }
@@ -157,6 +158,7 @@ $("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
   api.setApiKey($("key").value.trim());
   $("key-form").hidden = true;
+  document.body.classList.remove("locked");
   $("key").value = "";
   start();
 });

@@ -89,7 +89,7 @@ export class Stage {
     $("modes").hidden = !viewer?.surface;
     document.querySelector("input[name=mode][value=distance]").disabled = !viewer?.hasDistances;
     $("show-slice").disabled = !this.job;
-    $("turn-up").textContent = viewer?.orbit.up === 1 ? "y up" : "z up";
+    $("turn-up").textContent = viewer?.orbit.up === 1 ? "Up: y" : "Up: z";
     const scaled = viewer?.mode === "distance" && viewer.hasDistances;
     $("scale").hidden = !scaled;
     if (scaled) $("scale-end").textContent = `${viewer.farthest.toPrecision(2)} and more`;
@@ -126,7 +126,7 @@ export class Stage {
       if (signal.aborted) return;
       this.viewer.showSlice(grid, distances, spacing);
       const at = grid.at + this.viewer.origin[axis];
-      $("slice-says").textContent = `${"xyz"[axis]} = ${Number(at.toPrecision(4))}, a line every ${spacing}`;
+      $("slice-says").textContent = `${"xyz"[axis]} = ${Number(at.toPrecision(4))}, a line every ${spacing}; blue is inside`;
     } catch (error) {
       if (error.name !== "AbortError") $("slice-says").textContent = error.message;
     }
