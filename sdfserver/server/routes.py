@@ -667,10 +667,8 @@ def restart_job(
     idempotency_key: Annotated[IdempotencyKey | None, Header(description="Repeating it repeats no job.")] = None,
 ) -> Job:
     """Queue the same job once more, as a job of its own, with other options if you like; nothing is uploaded again."""
-    kind, wanted = (
-        JobKind(row.kind),
-        json.dumps(row.options | changes.model_dump(mode="json", exclude_unset=True)).encode(),
-    )
+    kind = JobKind(row.kind)
+    wanted = json.dumps(row.options | changes.model_dump(mode="json", exclude_unset=True)).encode()
     options: JobOptions | MeshJobOptions
     if kind is JobKind.MESH:
         options = _options_of(wanted, MeshJobOptions)
