@@ -68,7 +68,7 @@ class DivergenceError(SdfServerError):
 
 
 class ExtractionError(SdfServerError):
-    """The field has no surface to mesh at the requested level."""
+    """The field cannot be meshed."""
 
 
 class NoSurfaceError(ExtractionError):

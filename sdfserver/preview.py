@@ -4,7 +4,6 @@ World units, sdf < 0 inside, normals point outward, as everywhere.
 """
 
 import os
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from skimage.measure import marching_cubes
 from sdfserver.cloud import PointCloud
 from sdfserver.errors import ExtractionError
 from sdfserver.field import SignedDistanceField
+from sdfserver.files import replacing
 from sdfserver.io import write_ply
 from sdfserver.mesh import TriangleMesh, simplify, vertex_normals
 from sdfserver.metrics import sample_surface
@@ -77,11 +77,12 @@ def write_surface(mesh: TriangleMesh, cloud: PointCloud, path: str | os.PathLike
     write_ply(path, mesh.vertices, normals=mesh.normals, faces=mesh.faces, distance=distance)
 
 
-def write_picture(mesh: TriangleMesh, stream: BinaryIO) -> None:
+def write_picture(mesh: TriangleMesh, path: str | os.PathLike[str]) -> None:
     """Write a picture of the mesh, PICTURE_PX wide and high, as PNG with nothing behind it."""
     from PIL import Image
 
-    Image.fromarray(picture(mesh)).save(stream, "PNG", optimize=True)
+    with replacing(path) as stream:
+        Image.fromarray(picture(mesh)).save(stream, "PNG", optimize=True)
 
 
 def picture(mesh: TriangleMesh) -> NDArray[np.uint8]:

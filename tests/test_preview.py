@@ -1,6 +1,5 @@
 """What is light enough to be looked at: points, coarse and simplified surfaces, pictures."""
 
-import io
 from pathlib import Path
 
 import numpy as np
@@ -147,8 +146,8 @@ def test_what_can_stand_stands(up: int) -> None:
     assert widths[rows[len(rows) // 5]] < 0.5 * widths[rows[4 * len(rows) // 5]]
 
 
-def test_a_picture_is_written_as_png() -> None:
-    stream = io.BytesIO()
-    write_picture(ball(20), stream)
-    assert stream.getvalue().startswith(b"\x89PNG")
-    assert Image.open(stream).size == (PICTURE_PX, PICTURE_PX)
+def test_a_picture_is_written_as_png(tmp_path: Path) -> None:
+    write_picture(ball(20), tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    with Image.open(tmp_path / "picture.png") as image:
+        assert image.size == (PICTURE_PX, PICTURE_PX)

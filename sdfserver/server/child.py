@@ -31,7 +31,6 @@ from sdfserver.errors import (
     SdfServerError,
     Stopped,
 )
-from sdfserver.files import replacing
 from sdfserver.schemas import JobOptions, MeshOptions
 from sdfserver.server.artifacts import CLOUD, FIELD, FIT_REPORT, MESH, PICTURE, POINTS, PREVIEW, REPORT, sync
 from sdfserver.server.logs import set_up_logging
@@ -276,8 +275,7 @@ def _mesh(task: MeshTask, reporter: _Reporter) -> None:
     )
     write_mesh(meshed.mesh, task.folder / MESH)
     write_surface(meshed.mesh, cloud, task.folder / PREVIEW)
-    with replacing(task.folder / PICTURE) as stream:
-        write_picture(meshed.mesh, stream)
+    write_picture(meshed.mesh, task.folder / PICTURE)
     fit_report = json.loads((task.field_folder / FIT_REPORT).read_bytes())
     (task.folder / REPORT).write_bytes(report_json(join_reports(fit_report, meshed.report)))
 

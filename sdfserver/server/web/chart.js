@@ -1,5 +1,7 @@
 // The loss terms against the step, on a logarithmic axis, as SVG.
 
+import { make } from "./dom.js";
+
 const SVG = "http://www.w3.org/2000/svg";
 const WIDTH = 340, HEIGHT = 150, LEFT = 34, BOTTOM = 18, TOP = 6, RIGHT = 6;
 const COLORS = ["#3b76c4", "#d9822b", "#3a9a5b", "#b4483e", "#8a63b8", "#6d7683"];
@@ -55,9 +57,8 @@ export class LossChart {
       path.setAttribute("points", points.join(" "));
       path.setAttribute("stroke", COLORS[i % COLORS.length]);
       this.svg.append(path);
-      const item = document.createElement("span");
+      const item = make("span", {}, `${name.replaceAll("_", "-")} ${latest(name)}`);
       item.style.setProperty("--mark", COLORS[i % COLORS.length]);
-      item.textContent = `${name.replaceAll("_", "-")} ${latest(name)}`;
       this.legend.append(item);
     });
     this.svg.setAttribute("aria-label", `Losses at step ${this.rows.at(-1).step}, on a logarithmic axis: ` +

@@ -26,7 +26,7 @@ export async function readCloud(file) {
   if (format === "pcd") return pcdCloud(file);
   if (format === "npy") return npyCloud(file);
   if (format === "stl") return stlCloud(file);
-  if (format === "obj") return objCloud(await textOf(file), file);
+  if (format === "obj") return objCloud(await textOf(file));
   if (format === "off") return offCloud(await textOf(file));
   if (TEXT_FORMATS.includes(format)) return tableCloud(await textOf(file), file);
   return null;

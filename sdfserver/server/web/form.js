@@ -1,23 +1,17 @@
 // Form fields for options, made from the JSON Schema that the server gives for them.
 
+import { make } from "./dom.js";
+
 const SHOWN_ELSEWHERE = ["preset", "resolution", "device", "normals"];
 
 /** Fields for all options of a schema but those that stand elsewhere on the page. */
 export function fieldsOf(schema, prefix, { skip = SHOWN_ELSEWHERE } = {}) {
   return Object.entries(schema.properties).filter(([name]) => !skip.includes(name)).map(([name, about]) => {
-    const row = document.createElement("div"), label = document.createElement("label");
-    row.className = "option";
-    label.textContent = name.replaceAll("_", " ").replace(/^./, (letter) => letter.toUpperCase());
-    label.htmlFor = `${prefix}-${name}`;
-    const input = inputOf(about);
-    input.id = label.htmlFor;
-    input.name = name;
-    row.append(label, input);
+    const title = name.replaceAll("_", " ").replace(/^./, (letter) => letter.toUpperCase());
+    const input = Object.assign(inputOf(about), { id: `${prefix}-${name}`, name });
+    const row = make("div", { className: "option" }, make("label", { htmlFor: input.id }, title), input);
     if (about.description) {
-      const note = document.createElement("p");
-      note.className = "note";
-      note.id = `${input.id}-note`;
-      note.textContent = about.description;
+      const note = make("p", { className: "note", id: `${input.id}-note` }, about.description);
       input.setAttribute("aria-describedby", note.id);
       row.append(note);
     }
@@ -28,7 +22,7 @@ export function fieldsOf(schema, prefix, { skip = SHOWN_ELSEWHERE } = {}) {
 function inputOf(about) {
   const kinds = about.anyOf ?? [about];
   const kind = kinds.find((option) => option.type !== "null");
-  const input = document.createElement("input");
+  const input = make("input");
   input.dataset.type = kind.type;
   if (kind.type === "boolean") {
     input.type = "checkbox";

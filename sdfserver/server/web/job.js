@@ -3,10 +3,10 @@
 import * as api from "./api.js";
 import { LossChart } from "./chart.js";
 import { readPly } from "./cloud.js";
+import { $, make } from "./dom.js";
 import { valuesOf } from "./form.js";
 import { confirmed } from "./jobs.js";
 
-const $ = (id) => document.getElementById(id);
 const FORMATS = ["ply", "glb", "obj", "stl", "off"];
 
 export class JobView {
@@ -55,8 +55,7 @@ export class JobView {
   }
 
   download(text, name) {
-    const button = document.createElement("button");
-    Object.assign(button, { type: "button", textContent: text });
+    const button = make("button", { type: "button" }, text);
     button.addEventListener("click", () => this.run(() => api.save(this.id, name), button));
     return button;
   }
@@ -162,12 +161,7 @@ export class JobView {
       ["Fit, mesh", `${seconds.fit.toFixed(1)} s, ${seconds.mesh.toFixed(1)} s`],
       ["All", `${seconds.total.toFixed(1)} s on ${report.device}`],
     ];
-    $("report").replaceChildren(...rows.flatMap(([term, text]) => {
-      const dt = document.createElement("dt"), dd = document.createElement("dd");
-      dt.textContent = term;
-      dd.textContent = text;
-      return [dt, dd];
-    }));
+    $("report").replaceChildren(...rows.flatMap(([term, text]) => [make("dt", {}, term), make("dd", {}, text)]));
   }
 }
 

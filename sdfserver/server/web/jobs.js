@@ -1,8 +1,8 @@
 // The list of past jobs, newest first: picture, name, state, time, and what can be done with each.
 
 import * as api from "./api.js";
+import { $, make } from "./dom.js";
 
-const $ = (id) => document.getElementById(id);
 const REFRESH_MS = 4000;
 
 export class JobList {
@@ -68,17 +68,10 @@ export class JobList {
   }
 
   newRow(job) {
-    const element = document.createElement("li"), thumb = document.createElement("span");
-    const link = document.createElement("a"), badge = document.createElement("span");
-    const note = document.createElement("p"), text = document.createElement("span"), actions = document.createElement("div");
-    thumb.className = "thumb";
-    link.href = `#job=${job.id}`;
-    link.textContent = job.name;
-    note.className = "note";
-    note.append(badge, " ", text);
-    actions.className = "actions";
-    element.append(thumb, link, actions, note);
-    return { element, thumb, link, badge, about: text, actions, state: null };
+    const thumb = make("span", { className: "thumb" }), badge = make("span"), about = make("span");
+    const link = make("a", { href: `#job=${job.id}` }, job.name), actions = make("div", { className: "actions" });
+    const element = make("li", {}, thumb, link, actions, make("p", { className: "note" }, badge, " ", about));
+    return { element, thumb, link, badge, about, actions, state: null };
   }
 
   mark(row, id) {
@@ -88,8 +81,7 @@ export class JobList {
   }
 
   button(text, job, act) {
-    const button = document.createElement("button");
-    Object.assign(button, { type: "button", textContent: text, ariaLabel: `${text} ${job.name}` });
+    const button = make("button", { type: "button", ariaLabel: `${text} ${job.name}` }, text);
     button.addEventListener("click", async () => {
       button.disabled = true;
       try {
@@ -113,10 +105,7 @@ export class JobList {
   async showPicture(id, thumb) {
     try {
       if (!this.pictures.has(id)) this.pictures.set(id, await api.pictureUrl(id));
-      const image = document.createElement("img");
-      image.src = this.pictures.get(id);
-      image.alt = "";
-      thumb.replaceChildren(image);
+      thumb.replaceChildren(make("img", { src: this.pictures.get(id), alt: "" }));
     } catch {
       // An older server's job, or one that has just expired: it goes without.
     }

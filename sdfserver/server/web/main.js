@@ -2,12 +2,11 @@
 
 import * as api from "./api.js";
 import { readCloud } from "./cloud.js";
+import { $, make } from "./dom.js";
 import { fieldsOf, valuesOf } from "./form.js";
 import { JobView } from "./job.js";
 import { JobList } from "./jobs.js";
 import { Stage } from "./stage.js";
-
-const $ = (id) => document.getElementById(id);
 
 const stage = new Stage();
 const jobs = new JobList({ onOpen: openJob, onRemoved: (id) => view.id === id && openNew() });
@@ -175,14 +174,10 @@ function showOptions() {
     ? "" : "No worker is running: jobs wait until one is.";
   $("presets").querySelectorAll("label").forEach((label) => label.remove());
   for (const [name, preset] of Object.entries(options.presets)) {
-    const label = document.createElement("label"), input = document.createElement("input");
-    Object.assign(input, { type: "radio", name: "preset", value: name, checked: name === options.default_preset });
-    const title = document.createElement("strong"), note = document.createElement("span");
-    title.textContent = name;
-    note.className = "note";
-    note.textContent = preset.summary;
-    label.append(input, title, note);
-    $("presets").append(label);
+    const checked = name === options.default_preset;
+    const input = make("input", { type: "radio", name: "preset", value: name, checked });
+    const note = make("span", { className: "note" }, preset.summary);
+    $("presets").append(make("label", {}, input, make("strong", {}, name), note));
     input.addEventListener("change", showResolutions);
   }
   showResolutions();
@@ -202,8 +197,7 @@ function showResolutions() {
 async function showSamples() {
   const { samples } = await api.getSamples();
   $("samples").replaceChildren("Or try: ", ...samples.flatMap((sample) => {
-    const button = document.createElement("button");
-    Object.assign(button, { type: "button", textContent: sample.name, title: sample.summary });
+    const button = make("button", { type: "button", title: sample.summary }, sample.name);
     button.addEventListener("click", () => chooseSample(sample.name));
     return [button, " "];
   }));

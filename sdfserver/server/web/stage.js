@@ -2,8 +2,8 @@
 
 import * as api from "./api.js";
 import { gradient } from "./colors.js";
+import { $ } from "./dom.js";
 
-const $ = (id) => document.getElementById(id);
 const SLICE_NODES = 96;
 const SLICE_PAUSE_MS = 60;
 const ISO_LINES = 24;
@@ -11,7 +11,6 @@ const ISO_LINES = 24;
 export class Stage {
   constructor() {
     this.viewer = null;
-    this.waiting = [];
     this.ready = this.load();
     this.job = null;  // whose field can be sliced
     document.querySelectorAll("input[name=mode]").forEach((input) =>

@@ -94,33 +94,29 @@ export class Viewer {
 
   showPoints(cloud) {
     this.remove("points");
-    if (cloud) {
-      const geometry = new THREE.BufferGeometry();
-      geometry.setAttribute("position", new THREE.BufferAttribute(cloud.positions, 3));
-      if (cloud.normals) geometry.setAttribute("color", new THREE.BufferAttribute(normalColors(cloud.normals), 3));
-      const material = new THREE.PointsMaterial({
-        size: 2.2, sizeAttenuation: false, vertexColors: Boolean(cloud.normals),
-        color: cloud.normals ? 0xffffff : 0x808890,
-      });
-      this.points = new THREE.Points(geometry, material);
-      this.place(this.points, cloud);
-    }
+    const geometry = new THREE.BufferGeometry();
+    geometry.setAttribute("position", vectors(cloud.positions));
+    if (cloud.normals) geometry.setAttribute("color", vectors(normalColors(cloud.normals)));
+    const material = new THREE.PointsMaterial({
+      size: 2.2, sizeAttenuation: false, vertexColors: Boolean(cloud.normals),
+      color: cloud.normals ? 0xffffff : 0x808890,
+    });
+    this.points = new THREE.Points(geometry, material);
+    this.place(this.points, cloud);
     this.update();
   }
 
   showSurface(mesh) {
     this.remove("surface");
-    if (mesh) {
-      const geometry = new THREE.BufferGeometry();
-      geometry.setAttribute("position", new THREE.BufferAttribute(mesh.positions, 3));
-      geometry.setIndex(new THREE.BufferAttribute(mesh.indices, 1));
-      if (mesh.normals) geometry.setAttribute("normal", new THREE.BufferAttribute(mesh.normals, 3));
-      else geometry.computeVertexNormals();
-      this.distances = mesh.distances;
-      this.farthest = mesh.distances ? quantile(mesh.distances, 0.99) || 1 : null;
-      this.surface = new THREE.Mesh(geometry, new THREE.MeshBasicMaterial());
-      this.place(this.surface, mesh);
-    }
+    const geometry = new THREE.BufferGeometry();
+    geometry.setAttribute("position", vectors(mesh.positions));
+    geometry.setIndex(new THREE.BufferAttribute(mesh.indices, 1));
+    if (mesh.normals) geometry.setAttribute("normal", vectors(mesh.normals));
+    else geometry.computeVertexNormals();
+    this.distances = mesh.distances;
+    this.farthest = mesh.distances ? quantile(mesh.distances, 0.99) || 1 : null;
+    this.surface = new THREE.Mesh(geometry, new THREE.MeshBasicMaterial());
+    this.place(this.surface, mesh);
     this.update();
   }
 
@@ -144,8 +140,8 @@ export class Viewer {
     if (this.surface) {
       const mode = this.mode === "distance" && !this.distances ? "shaded" : this.mode;
       const geometry = this.surface.geometry;
-      if (mode === "normals") geometry.setAttribute("color", colorAttribute(normalColors(geometry.attributes.normal.array)));
-      if (mode === "distance") geometry.setAttribute("color", colorAttribute(this.distanceColors()));
+      if (mode === "normals") geometry.setAttribute("color", vectors(normalColors(geometry.attributes.normal.array)));
+      if (mode === "distance") geometry.setAttribute("color", vectors(this.distanceColors()));
       this.surface.material.dispose();
       const common = { side: THREE.DoubleSide, clippingPlanes: this.sliceAxis === null ? [] : [this.clip] };
       this.surface.material = {
@@ -189,7 +185,7 @@ export class Viewer {
   showSlice(grid, distances, spacing) {
     this.remove("slice");
     const geometry = new THREE.BufferGeometry(), n = grid.n;
-    geometry.setAttribute("position", new THREE.BufferAttribute(grid.positions, 3));
+    geometry.setAttribute("position", vectors(grid.positions));
     geometry.setAttribute("distance", new THREE.BufferAttribute(Float32Array.from(distances), 1));
     const indices = [];
     for (let row = 0; row < n - 1; row++) {
@@ -245,7 +241,7 @@ export class Viewer {
   }
 }
 
-const colorAttribute = (colors) => new THREE.BufferAttribute(colors, 3);
+const vectors = (array) => new THREE.BufferAttribute(array, 3);
 
 function normalColors(normals) {
   const colors = new Float32Array(normals.length);
