@@ -108,13 +108,25 @@ OutliersOption = Annotated[
         help="Drop points that lie unusually far from the others.",
     ),
 ]
+
+
+def _resolution(text: str) -> int | str:
+    if text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is neither a whole number nor auto") from None
+
+
 ResolutionOption = Annotated[
-    int | None,
+    Any,
     typer.Option(
-        metavar="N",
+        metavar="N|auto",
+        parser=_resolution,
         show_default="the preset's",
         rich_help_panel="Mesh",
-        help="Cells of the meshing grid along each side; more cells, finer mesh.",
+        help="Cells of the meshing grid along each side; more cells, finer mesh. auto follows the detail of the field.",
     ),
 ]
 LevelOption = Annotated[

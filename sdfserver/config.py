@@ -6,7 +6,7 @@ All lengths are in the unit frame ([-1, 1]^3) unless the name says otherwise.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from sdfserver.errors import ConfigError
 
@@ -31,6 +31,27 @@ class NetworkConfig:
     """Factor inside every sine."""
 
     def __post_init__(self) -> None:
+        _require(1 <= self.hidden <= 4096, f"hidden is {self.hidden}; it must be 1 to 4096")
+        _require(1 <= self.layers <= 32, f"layers is {self.layers}; it must be 1 to 32")
+        _require(0 < self.omega < math.inf, f"omega is {self.omega}; it must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalNetworkConfig:
+    """Small SIRENs 3 -> hidden x layers -> 1, one on each of many overlapping cells."""
+
+    side: int = 16
+    """Cells along each side of the cube."""
+    margin: float = 0.2
+    """Overlap of neighbouring cells, as a share of their width."""
+    hidden: int = 32
+    layers: int = 2
+    omega: float = 15.0
+    """Factor inside every sine; a cell is 2 wide in its own coordinates."""
+
+    def __post_init__(self) -> None:
+        _require(1 <= self.side <= 1024, f"side is {self.side}; it must be 1 to 1024")
+        _require(0 < self.margin <= 1, f"margin is {self.margin}; it must be above 0 and at most 1")
         _require(1 <= self.hidden <= 4096, f"hidden is {self.hidden}; it must be 1 to 4096")
         _require(1 <= self.layers <= 32, f"layers is {self.layers}; it must be 1 to 32")
         _require(0 < self.omega < math.inf, f"omega is {self.omega}; it must be positive")
@@ -68,6 +89,12 @@ class LossWeights:
         weighted = [getattr(self, name) * (0.5 if name in _ONE_SIDED else 1.0) * term for name, term in terms.items()]
         total: Tensor = sum(weighted[1:], start=weighted[0])
         return total
+
+
+def rise_and_fall(step: int, steps: int, warm_up_share: float, *, decay: bool = True) -> float:
+    """The share of the highest learning rate at `step`: a linear rise, then half a cosine down to a thousandth."""
+    rise = min(1.0, (step + 1) / max(1, round(warm_up_share * steps)))
+    return rise * (0.5 * (1 + math.cos(math.pi * step / steps)) + 1e-3 if decay else 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,17 +205,103 @@ class FitConfig:
 
     def rate(self, step: int) -> float:
         """The learning rate at `step`, counted from 0."""
-        rise = min(1.0, (step + 1) / max(1, round(self.warm_up_share * self.steps)))
-        fall = 0.5 * (1 + math.cos(math.pi * step / self.steps)) + 1e-3 if self.decay else 1.0
-        return self.learning_rate * rise * fall
+        return self.learning_rate * rise_and_fall(step, self.steps, self.warm_up_share, decay=self.decay)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalConfig:
+    """Where local networks are put over the coarse one, and how they are fitted to the cloud and to it.
+
+    Lengths are in units of a cell's half-width H unless the name says otherwise.
+    """
+
+    network: LocalNetworkConfig = field(default_factory=LocalNetworkConfig)
+    """`side` is set for each level of cells."""
+    points_per_cell: int = 160
+    """Points that a surface through the middle of a cell has there, about: the width of cells follows from it."""
+    most_cells: int = 1500
+    """About as many cells as a cloud may get; they are wider where it would have more."""
+    finest_side: int = 512
+    """Most cells along a side of the cube."""
+    fewest_points: int = 8
+    """A cell with fewer, overlap included, gets no network."""
+    steps: int = 250
+    """At most; a fit stops when it has settled on its held-out points."""
+    batch_surface: int = 64
+    """Points of the cloud in a step, for each cell."""
+    batch_space: int = 32
+    """Samples of the pool in a step, for each cell."""
+    pool: int = 256
+    """Samples of the space in each cell, at which the coarse field is asked once."""
+    learning_rate: float = 6e-3
+    """Of Adam, at its height; it rises and falls as the coarse fit's."""
+    beta2: float = 0.99
+    warm_up_share: float = 0.08
+    weights: LossWeights = field(
+        default_factory=lambda: LossWeights(surface=600.0, normal=240.0, eikonal=5.0, distance=20.0)
+    )
+    reference_noise: float = 1.2e-3
+    """Noise up to which `weights` hold; above it the surface and normal weights go as its inverse."""
+    smallest_factors: tuple[float, float] = (0.1, 0.16)
+    """Bounds from below of what the noise makes of the surface weight, and of the normal weight."""
+    held_share: float = 0.125
+    """Share of each cell's points that are held out of its fit, to judge it by."""
+    trusted_distance: float = 0.02
+    """The coarse field is a target where it is farther than this from zero."""
+    worth: float = 1.3
+    """A cell is tried where the points are this many times farther from the coarse surface than their noise."""
+    clean_unit: float = 5e-4
+    """Noise, unit frame, under which local networks are expected to pay, so that the coarse fit is cut short."""
+    clean_side: int = 10
+    """The same holds from so many cells along a side on: in wider ones there is more shape than so few waves have."""
+    coarse_share: float = 0.5
+    """What is left of the coarse fit's steps then."""
+    steps_per_cell: float = 0.5
+    """Steps of the coarse fit that take about as long as the fit of one cell; progress is told by it."""
+
+    def __post_init__(self) -> None:
+        counts = (
+            "points_per_cell",
+            "most_cells",
+            "finest_side",
+            "fewest_points",
+            "steps",
+            "batch_surface",
+            "batch_space",
+        )
+        for name in counts:
+            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
+        _require(self.finest_side <= 1024, f"finest_side is {self.finest_side}; it must be at most 1024")
+        _require(
+            self.pool >= self.batch_space and self.pool % self.batch_space == 0,
+            f"pool is {self.pool}; it must be a multiple of batch_space, {self.batch_space}",
+        )
+        for name in ("held_share", "coarse_share"):
+            _require(0 < getattr(self, name) < 1, f"{name} is {getattr(self, name)}; it must be between 0 and 1")
+        for name in ("learning_rate", "reference_noise", "trusted_distance", "worth", "clean_unit"):
+            _require(0 < getattr(self, name) < math.inf, f"{name} is {getattr(self, name)}; it must be positive")
+        _require(0 <= self.beta2 < 1, f"beta2 is {self.beta2}; it must be in [0, 1)")
+        _require(0 <= self.warm_up_share <= 1, f"warm_up_share is {self.warm_up_share}; it must be 0 to 1")
+
+    def weights_for(self, noise: float) -> LossWeights:
+        """The weights for points with `noise`, their standard deviation along the normals over H."""
+        ratio = min(1.0, self.reference_noise / max(noise, 1e-12))
+        surface, normal = (max(smallest, ratio) for smallest in self.smallest_factors)
+        return replace(self.weights, surface=self.weights.surface * surface, normal=self.weights.normal * normal)
+
+    def rate(self, step: int) -> float:
+        """The learning rate at `step`, counted from 0."""
+        return self.learning_rate * rise_and_fall(step, self.steps, self.warm_up_share)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig:
     """How the surface is taken out of the field."""
 
-    resolution: int = 256
-    """Grid cells along each side of the unit frame's cube [-1, 1]^3."""
+    resolution: int | Literal["auto"] = "auto"
+    """Grid cells along each side of the unit frame's cube [-1, 1]^3; auto follows the detail of the field."""
+    auto_range: tuple[int, int] = (256, 512)
+    """Bounds of an automatic resolution."""
     level_world: float = 0.0
     """Signed distance of the surface that is extracted, in world units: positive is an outer offset."""
     trim_distance_world: float | None = None
@@ -203,7 +316,8 @@ class MeshConfig:
     """Clamped Newton steps that move each vertex onto the level set."""
 
     def __post_init__(self) -> None:
-        _require(8 <= self.resolution <= 4096, f"resolution is {self.resolution}; it must be 8 to 4096")
+        for cells in (*self.auto_range, *(() if self.resolution == "auto" else (self.resolution,))):
+            _require(8 <= cells <= 4096, f"resolution is {cells}; it must be 8 to 4096, or auto")
         _require(math.isfinite(self.level_world), f"level is {self.level_world}; it must be finite")
         trim = self.trim_distance_world
         _require(trim is None or 0 < trim < math.inf, f"trim distance is {trim}; it must be positive")
@@ -213,6 +327,16 @@ class MeshConfig:
         _require(faces is None or faces >= 4, f"target_faces is {faces}; it must be at least 4")
         _require(0 <= self.projection_steps <= 10, f"projection_steps is {self.projection_steps}; it must be 0 to 10")
 
+    def resolution_for(self, detail: int) -> int:
+        """The resolution for a field whose finest waves want `detail` cells along each side of the cube."""
+        low, high = self.auto_range
+        return max(low, min(high, detail)) if self.resolution == "auto" else self.resolution
+
+    @property
+    def finest(self) -> int:
+        """The resolution, or the most that an automatic one may be."""
+        return self.auto_range[1] if self.resolution == "auto" else self.resolution
+
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
@@ -221,16 +345,19 @@ class Preset:
     summary: str
     network: NetworkConfig = field(default_factory=NetworkConfig)
     fit: FitConfig = field(default_factory=FitConfig)
+    local: LocalConfig | None = None
+    """The second stage; None leaves it out."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
 
 PRESETS: Mapping[str, Preset] = {
     "draft": Preset(summary="a first look", fit=FitConfig(steps=500, batch_surface=1000, batch_space=600)),
-    "standard": Preset(summary="scans, noise, sparse clouds"),
+    "standard": Preset(summary="scans, noise, sparse clouds", local=LocalConfig()),
     "fine": Preset(
         summary="dense, clean clouds and small detail",
         fit=FitConfig(steps=3000, learning_rate=5e-4, low_precision_share=0.8),
-        mesh=MeshConfig(resolution=512),
+        local=LocalConfig(points_per_cell=110, most_cells=4000, steps=500, coarse_share=0.3),
+        mesh=MeshConfig(auto_range=(512, 1024)),
     ),
     "paper": Preset(
         summary="the published SIREN recipe, for comparison: slow, and it may leave sheets off the surface",

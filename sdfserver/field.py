@@ -7,6 +7,7 @@ the unit frame, on the network's device, for the extraction.
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,19 +15,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sdfserver.cloud import Frame
-from sdfserver.config import NetworkConfig
+from sdfserver.config import LocalNetworkConfig, NetworkConfig
 from sdfserver.errors import ConfigError, FieldFormatError
 from sdfserver.files import replacing
+from sdfserver.local import LocalLevel, LocalSirens, PartitionOfUnity
 from sdfserver.siren import Siren
 
-FORMAT = "sdfserver-field-1"
+FORMAT, PARTITION_FORMAT = "sdfserver-field-1", "sdfserver-field-2"
+"""Of a single network, and of a coarse one with levels of local ones over it."""
 CHUNK = 65_536
+DETAIL = 256
+"""Cells along each side of the cube that show what a single network can."""
 
 
 class SignedDistanceField:
-    """A network and the frame it lives in."""
+    """A network, or a partition of unity of many, and the frame it lives in."""
 
-    def __init__(self, network: Siren, frame: Frame) -> None:
+    def __init__(self, network: Siren | PartitionOfUnity, frame: Frame) -> None:
         self.network = network.requires_grad_(False).eval()
         self.frame = frame
 
@@ -34,6 +39,11 @@ class SignedDistanceField:
     def device(self) -> torch.device:
         """Where the network is."""
         return next(self.network.parameters()).device
+
+    @property
+    def detail(self) -> int:
+        """Cells along each side of the cube [-1, 1]^3 that the field's finest waves want in a mesh."""
+        return self.network.detail if isinstance(self.network, PartitionOfUnity) else DETAIL
 
     def value(self, x: Tensor) -> Tensor:
         """The field (n,) at unit points x (n, 3)."""
@@ -57,13 +67,16 @@ class SignedDistanceField:
         """Write the field as safetensors: completely, or not at all. Raises OutputError where that cannot be done."""
         from safetensors.torch import save
 
+        network = self.network
+        levels = [asdict(level.config) for level in network.levels] if isinstance(network, PartitionOfUnity) else []
         # Floats as JSON keep every bit, so that a field at large coordinates comes back where it was.
         about = {
-            "format": FORMAT,
-            "network": asdict(self.network.config),
+            "format": PARTITION_FORMAT if levels else FORMAT,
+            "network": asdict(network.config),
+            **({"levels": levels} if levels else {}),
             "frame": {"center": self.frame.center.tolist(), "scale": self.frame.scale},
         }
-        tensors = {name: value.contiguous().cpu() for name, value in self.network.state_dict().items()}
+        tensors = {name: value.contiguous().cpu() for name, value in network.state_dict().items()}
         with replacing(path) as stream:
             stream.write(save(tensors, metadata={"sdfserver": json.dumps(about)}))
 
@@ -76,10 +89,15 @@ class SignedDistanceField:
             with safe_open(str(path), framework="pt", device=str(device)) as file:
                 about = json.loads((file.metadata() or {})["sdfserver"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-            if about["format"] != FORMAT:
-                raise FieldFormatError(f"{path} has format {about['format']!r}; this version reads {FORMAT!r}")
-            network = Siren(NetworkConfig(**about["network"])).to(device)
-            network.load_state_dict(tensors)
+            if about["format"] not in (FORMAT, PARTITION_FORMAT):
+                raise FieldFormatError(
+                    f"{path} has format {about['format']!r}; this version reads {FORMAT!r} and {PARTITION_FORMAT!r}"
+                )
+            coarse = Siren(NetworkConfig(**about["network"]))
+            network: Siren | PartitionOfUnity = coarse
+            if about["format"] == PARTITION_FORMAT:
+                network = PartitionOfUnity(coarse, [_level(i, about, tensors) for i in range(len(about["levels"]))])
+            network.to(device).load_state_dict(tensors)
             frame = Frame(
                 center=np.array(about["frame"]["center"], dtype=np.float64), scale=float(about["frame"]["scale"])
             )
@@ -92,6 +110,11 @@ class SignedDistanceField:
         unit = self.frame.to_unit(np.asarray(points, dtype=np.float64).reshape(-1, 3))
         dtype = next(self.network.parameters()).dtype
         return torch.split(torch.tensor(unit, dtype=dtype, device=self.device), CHUNK)
+
+
+def _level(i: int, about: dict[str, Any], tensors: dict[str, Tensor]) -> LocalLevel:
+    cells = tensors[f"level.{i}.cells"]
+    return LocalLevel(cells, LocalSirens(len(cells), LocalNetworkConfig(**about["levels"][i])))
 
 
 def _numpy(parts: list[Tensor], empty: tuple[int, ...]) -> NDArray[np.float64]:

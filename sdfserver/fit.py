@@ -1,6 +1,7 @@
-"""The loop: a SIREN becomes the signed distance function of an oriented cloud.
+"""The fit: a SIREN becomes the signed distance function of an oriented cloud, and local ones refine it.
 
-Everything in the unit frame; sdf < 0 inside; normals point outward. The formulas of the terms are in `losses`.
+Everything in the unit frame; sdf < 0 inside; normals point outward. The formulas of the terms are in `losses`, the
+second stage is in `refine`.
 """
 
 import copy
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor
 
 from sdfserver.cloud import PointCloud
-from sdfserver.config import FitConfig, NetworkConfig
+from sdfserver.config import FitConfig, LocalConfig, NetworkConfig
 from sdfserver.errors import DivergenceError, Stopped
+from sdfserver.local import PartitionOfUnity
 from sdfserver.losses import (
     distance_loss,
     eikonal_loss,
@@ -27,6 +29,7 @@ from sdfserver.losses import (
     surface_loss,
 )
 from sdfserver.orientation import disagreement
+from sdfserver.refine import RefineReport, plan_cells, refine
 from sdfserver.sampling import Samples, SpacePool, draw_samples
 from sdfserver.siren import Siren
 
@@ -45,6 +48,8 @@ PATIENCE = 0.7
 """Share of the steps that a fit has to come within these bounds; after them it may not leave."""
 HOPELESS_WRONG_SIGNS = 0.25
 """Share of wrong trusted signs from which no fit has been seen to recover, at any time after the warm start."""
+MOST_REFUSED = 0.25
+"""Share of all cells that may be found worse with a local network before a coarse fit that was cut short goes on."""
 SUSPECT_DISAGREEMENT = 0.05
 """Share of contradicting normals from which on they are named as what may have made a fit fail."""
 
@@ -54,7 +59,10 @@ class FitProgress:
     """Where the fit stands."""
 
     step: int
+    """Of the coarse network's fit; it stays at `steps` while local networks are fitted."""
     steps: int
+    share: float
+    """Of the whole fit, from 0 to 1."""
     losses: dict[str, float]
 
 
@@ -109,6 +117,8 @@ class FitReport:
     omega: float
     """The network's: the one asked for, or less for a cloud of few points."""
     low_precision_steps: int
+    local: RefineReport | None
+    """How the second stage went; None without one."""
 
 
 @dataclass(eq=False)
@@ -138,16 +148,20 @@ def fit(
     network: NetworkConfig,
     config: FitConfig,
     *,
+    local: LocalConfig | None = None,
     device: torch.device,
     seed: int = 0,
     on_progress: Callable[[FitProgress], None] | None = None,
     on_network: Callable[[FitProgress, Siren], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
-) -> tuple[Siren, FitReport]:
-    """The SIREN whose zero set is the surface of `cloud_unit`, and how the fit went.
+) -> tuple[Siren | PartitionOfUnity, FitReport]:
+    """The network whose zero set is the surface of `cloud_unit`, and how the fit went.
+
+    With `local`, a second stage puts small networks over the first where that lowers the error on points held out of
+    it; for a cloud with little noise the first stage is then a shorter one.
 
     The same seed on the same device gives the same network. `on_progress` is called every few dozen steps, `on_network`
-    then as well, with a copy of the network, healthy or not; `should_stop` before every step.
+    then as well, with a copy of the network of the first stage, healthy or not; `should_stop` before every step.
 
     Raises DivergenceError when the fit is out of its bounds and is so again after one restart from its last good state
     at half the rate; Stopped when `should_stop` says so.
@@ -159,10 +173,128 @@ def fit(
     network = replace(network, omega=config.omega_for(network.omega, samples.spacing))
     model = Siren(network, generator=torch.Generator().manual_seed(seed)).to(device)
     generator = torch.Generator(device).manual_seed(seed)
+    legs, cells = _plan(samples, config, local)
+    tell = _Teller(
+        on_progress, on_network, model, expected=legs[0].steps + (local.steps_per_cell * cells if local else 0)
+    )
+    restarts: list[str] = []
+    fitted: Siren | PartitionOfUnity = model
+    refined: RefineReport | None = None
+    for leg in legs:
+        tell.begin(leg.steps)
+        try:
+            health, back = _descend(
+                model, samples, leg, generator=generator, on_check=tell.step, should_stop=should_stop
+            )
+        except DivergenceError as error:
+            raise DivergenceError(f"{error}; {_advice(cloud_unit)}") from None
+        restarts.extend(back)
+        if local is None:
+            break
+        fitted, refined = refine(model, samples, local, seed=seed, on_progress=tell.local, should_stop=should_stop)
+        if isinstance(fitted, PartitionOfUnity):
+            whole = _health(fitted, samples, loss=health.loss)
+            if whole.fault is None and whole.surface < health.surface:
+                health = whole
+            else:
+                fitted, refined = model, replace(refined, kept=0, sides=())
+        if refined.tried - refined.kept <= MOST_REFUSED * cells:
+            break
+    return fitted, FitReport(
+        steps=tell.steps,
+        restarts=tuple(restarts),
+        seconds_pool=pool_ready - start,
+        seconds_fit=time.perf_counter() - pool_ready,
+        losses=tell.losses,
+        health=health,
+        trusted_share=float(samples.pool.trusted.float().mean()),
+        noise=samples.noise,
+        omega=network.omega,
+        low_precision_steps=sum(_low_precision_steps(leg, device) for leg in legs[: tell.legs]),
+        local=refined,
+    )
+
+
+def _plan(samples: Samples, config: FitConfig, local: LocalConfig | None) -> tuple[list[FitConfig], int]:
+    """The coarse fit in one leg or two, and how many cells a second stage has.
+
+    Where local networks can be expected to pay, the first leg is a short one, and the second is for the case that they
+    do not: the network then gets the rest of its steps.
+    """
+    if local is None:
+        return [config], 0
+    leaves = plan_cells(samples.points, samples.spacings, local)
+    cells = sum(len(found) for _, found in leaves)
+    typical = max(leaves, key=lambda leaf: len(leaf[1]))[0].side
+    if samples.noise > local.clean_unit or typical < local.clean_side or config.steps < 2:
+        return [config], cells
+    short = replace(config, steps=max(1, round(config.steps * local.coarse_share)))
+    rest = replace(
+        config, steps=config.steps - short.steps, learning_rate=config.learning_rate / 2, warm_start_share=0.0
+    )
+    return [short, rest], cells
+
+
+class _Teller:
+    """Tells of both stages' progress: a share of the whole that never falls, and the latest losses."""
+
+    def __init__(
+        self,
+        on_progress: Callable[[FitProgress], None] | None,
+        on_network: Callable[[FitProgress, Siren], None] | None,
+        model: Siren,
+        *,
+        expected: float,
+    ) -> None:
+        self._on_progress, self._on_network, self._model = on_progress, on_network, model
+        self._expected, self._share = expected, 0.0
+        self.steps = self._before = self.legs = 0
+        self.losses: dict[str, float] = {}
+
+    def begin(self, steps: int) -> None:
+        """A leg of the coarse fit begins, of so many steps."""
+        self._before, self.steps, self.legs = self.steps, self.steps + steps, self.legs + 1
+        self._expected = max(self._expected, 1.25 * self.steps if self.legs > 1 else 0)
+
+    def step(self, step: int, losses: dict[str, float]) -> None:
+        """The leg has come to `step`."""
+        self.losses.update(losses)
+        progress = self._progress(self._before + step, (self._before + step) / self._expected)
+        if self._on_progress is not None:
+            self._on_progress(progress)
+        if self._on_network is not None:
+            self._on_network(progress, copy.deepcopy(self._model))
+
+    def local(self, share: float) -> None:
+        """The second stage has come as far as `share`."""
+        before = self.steps / self._expected
+        progress = self._progress(self.steps, before + (1 - before) * share)
+        if self._on_progress is not None:
+            self._on_progress(progress)
+
+    def _progress(self, step: int, share: float) -> FitProgress:
+        self._share = max(self._share, min(1.0, share))
+        return FitProgress(step=step, steps=self.steps, share=self._share, losses=dict(self.losses))
+
+
+def _descend(
+    model: Siren,
+    samples: Samples,
+    config: FitConfig,
+    *,
+    generator: torch.Generator,
+    on_check: Callable[[int, dict[str, float]], None],
+    should_stop: Callable[[], bool] | None,
+) -> tuple[Health, tuple[str, ...]]:
+    """Fits `model` in place; returns its health at the end, and why it went back, if it did.
+
+    `on_check` gets the step and the losses whenever the fit is looked at. Raises as `fit` does.
+    """
+    device = samples.points.device
     optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, betas=(0.9, config.beta2))
-    low_precision_steps = round(config.low_precision_share * config.steps) if computes_in_bfloat16(device) else 0
+    low_precision_steps = _low_precision_steps(config, device)
     weights = config.weights_for(samples.noise)
-    state, losses = _State(model, optimizer), {}
+    state = _State(model, optimizer)
     restarts: list[str] = []
     state.save()
     while state.step < config.steps:
@@ -182,13 +314,8 @@ def fit(
         if state.step % CHECK_EVERY and state.step != config.steps:
             continue
         # The only place where the host waits for the device.
-        losses = {name: float(term.detach()) for name, term in terms.items()}
         health = _health(model, samples, loss=float(loss.detach()))
-        progress = FitProgress(step=state.step, steps=config.steps, losses=losses)
-        if on_progress is not None:
-            on_progress(progress)
-        if on_network is not None:
-            on_network(progress, copy.deepcopy(model))
+        on_check(state.step, {name: float(term.detach()) for name, term in terms.items()})
         if health.fault is None:
             state.save()
         elif _may_heal(health, state.step, config):
@@ -199,20 +326,13 @@ def fit(
         else:
             raise DivergenceError(
                 f"the fit diverged {restarts[0]}; and after a restart at half the learning rate again "
-                f"at step {state.step} of {config.steps}: {health.fault}; {_advice(cloud_unit)}"
+                f"at step {state.step} of {config.steps}: {health.fault}"
             )
-    return model, FitReport(
-        steps=config.steps,
-        restarts=tuple(restarts),
-        seconds_pool=pool_ready - start,
-        seconds_fit=time.perf_counter() - pool_ready,
-        losses=losses,
-        health=health,
-        trusted_share=float(samples.pool.trusted.float().mean()),
-        noise=samples.noise,
-        omega=network.omega,
-        low_precision_steps=low_precision_steps,
-    )
+    return health, tuple(restarts)
+
+
+def _low_precision_steps(config: FitConfig, device: torch.device) -> int:
+    return round(config.low_precision_share * config.steps) if computes_in_bfloat16(device) else 0
 
 
 def _may_heal(health: Health, step: int, config: FitConfig) -> bool:
@@ -289,7 +409,7 @@ def _terms(
 
 
 @torch.no_grad()
-def _health(model: Siren, samples: Samples, *, loss: float) -> Health:
+def _health(model: Siren | PartitionOfUnity, samples: Samples, *, loss: float) -> Health:
     held: SpacePool = samples.held_pool
     phi, gradient = model.value_and_gradient(held.points)
     wrong = (phi * held.signed_distance < 0) & held.trusted

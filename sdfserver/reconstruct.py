@@ -15,7 +15,7 @@ from scipy.spatial import cKDTree
 
 import sdfserver
 from sdfserver.cloud import Frame, PointCloud, drop_strays, validate
-from sdfserver.config import PRESETS, FitConfig, MeshConfig, NetworkConfig
+from sdfserver.config import PRESETS, FitConfig, LocalConfig, MeshConfig, NetworkConfig
 from sdfserver.errors import ConfigError, DeviceError, NoSurfaceError
 from sdfserver.extract import ExtractedSurface, extract
 from sdfserver.field import SignedDistanceField
@@ -28,6 +28,7 @@ from sdfserver.mesh import (
     trim_to_points,
 )
 from sdfserver.metrics import cloud_to_mesh, mesh_health
+from sdfserver.refine import RefineReport
 from sdfserver.siren import Siren
 from sdfserver.winding import mean_spacing, point_areas
 
@@ -107,7 +108,7 @@ class Clock:
 
     def report_fit(self, progress: FitProgress) -> None:
         """Report a step of the fit."""
-        self.report(progress.step / progress.steps, step=progress.step, steps=progress.steps, losses=progress.losses)
+        self.report(progress.share, step=progress.step, steps=progress.steps, losses=progress.losses)
 
 
 def choose_device(name: str) -> torch.device:
@@ -131,6 +132,7 @@ def reconstruct(
     preset: str = "standard",
     network: NetworkConfig | None = None,
     fit_config: FitConfig | None = None,
+    local: LocalConfig | None = None,
     mesh: MeshConfig | None = None,
     device: str = "auto",
     seed: int = 0,
@@ -139,9 +141,10 @@ def reconstruct(
 ) -> Reconstruction:
     """The surface of an oriented `cloud`, as a mesh and as a signed distance field, both in the cloud's own units.
 
-    `preset` names the settings; `network`, `fit_config` and `mesh` replace those of the preset. The same seed on the
-    same device gives the same mesh. `should_stop` is asked before every step of the fit and every batch of the
-    extraction. `fit_field` and `mesh_field` are its two halves.
+    `preset` names the settings; `network`, `fit_config`, `local` and `mesh` replace those of the preset; with `network`
+    or `fit_config` alone there is no second stage. The same seed on the same device gives the same mesh. `should_stop`
+    is asked before every step of the fit and every batch of the extraction. `fit_field` and `mesh_field` are its two
+    halves.
 
     Raises CloudError when the cloud cannot be reconstructed, ConfigError and DeviceError for settings, DivergenceError
     when the fit fails, ExtractionError when the field has no surface at the level asked for, Stopped when told to.
@@ -152,6 +155,7 @@ def reconstruct(
         preset=preset,
         network=network,
         fit_config=fit_config,
+        local=local,
         device=device,
         seed=seed,
         clock=clock,
@@ -167,6 +171,7 @@ def fit_field(
     preset: str = "standard",
     network: NetworkConfig | None = None,
     fit_config: FitConfig | None = None,
+    local: LocalConfig | None = None,
     device: str = "auto",
     seed: int = 0,
     clock: Clock | None = None,
@@ -180,6 +185,8 @@ def fit_field(
     """
     if preset not in PRESETS:
         raise ConfigError(f"there is no preset {preset!r}; use one of {', '.join(PRESETS)}")
+    if network is None and fit_config is None and local is None:
+        local = PRESETS[preset].local
     network, fit_config = network or PRESETS[preset].network, fit_config or PRESETS[preset].fit
     torch_device, clock = choose_device(device), clock or Clock(None, FIT_STAGES)
     with clock.running("prepare"):
@@ -197,10 +204,11 @@ def fit_field(
             on_field(progress, SignedDistanceField(network, frame))
 
     with clock.running("fit"):
-        siren, fit_report = fit(
+        fitted, fit_report = fit(
             cloud_unit,
             network,
             fit_config,
+            local=local,
             device=torch_device,
             seed=seed,
             on_progress=clock.report_fit,
@@ -213,12 +221,16 @@ def fit_field(
         "seed": seed,
         "device": str(torch_device) + (f" ({torch.cuda.get_device_name()})" if torch_device.type == "cuda" else ""),
         "versions": _versions(),
-        "config": {"network": asdict(network), "fit": asdict(fit_config)},
+        "config": {
+            "network": asdict(network),
+            "fit": asdict(fit_config),
+            "local": None if local is None else asdict(local),
+        },
         "cloud": {"points": given, "used": len(cloud.points), "strays_dropped": strays, "scale_to_unit": frame.scale},
         "seconds": {**clock.seconds, "pool": fit_report.seconds_pool},
         "fit": _fit_section(fit_report, frame),
     }
-    return FittedField(field=SignedDistanceField(siren, frame), cloud=cloud, report=report)
+    return FittedField(field=SignedDistanceField(fitted, frame), cloud=cloud, report=report)
 
 
 def mesh_field(
@@ -231,11 +243,12 @@ def mesh_field(
 ) -> MeshedField:
     """The second half of `reconstruct`: the mesh of `field`, measured against the `cloud` it was fitted to."""
     clock = clock or Clock(None, MESH_STAGES)
+    resolution = config.resolution_for(field.detail)
     with clock.running("mesh"):
         try:
             surface = extract(
                 field,
-                resolution=config.resolution,
+                resolution=resolution,
                 level=config.level_world * field.frame.scale,
                 projection_steps=config.projection_steps,
                 on_progress=clock.report,
@@ -251,7 +264,7 @@ def mesh_field(
         "config": {"mesh": asdict(config)},
         "seconds": {stage: clock.seconds[stage] for stage in MESH_STAGES},
         "input_to_mesh": accuracy,
-        "mesh": {**health, "field_evaluations": surface.evaluations},
+        "mesh": {**health, "resolution": resolution, "field_evaluations": surface.evaluations},
     }
     return MeshedField(mesh=triangles, report=report)
 
@@ -308,11 +321,22 @@ def _fit_section(report: FitReport, frame: Frame) -> dict[str, Any]:
         "trusted_share": report.trusted_share,
         "noise": report.noise / frame.scale,
         "omega": report.omega,
+        "local": None if report.local is None else _local_section(report.local, frame),
         "held_out": {
             "surface_distance": report.health.surface / frame.scale,
             "wrong_signs": report.health.wrong_signs,
             "eikonal": report.health.eikonal,
         },
+    }
+
+
+def _local_section(report: RefineReport, frame: Frame) -> dict[str, Any]:
+    return {
+        "cells_tried": report.tried,
+        "cells_kept": report.kept,
+        "cells_per_side": list(report.sides),
+        "held_out": {"coarse": report.before / frame.scale, "local": report.after / frame.scale},
+        "seconds": report.seconds,
     }
 
 

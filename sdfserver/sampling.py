@@ -58,12 +58,14 @@ class Samples:
     """All that a fit draws from, and what is held out of it to judge it.
 
     points, held_points: (n, 3) and (h, 3) float32 points of the cloud; normals, held_normals: theirs.
+    spacings: (n,) float32, the distance between neighbouring points around each of `points`.
     pool, held_pool: samples in the space around it.
     spacing: mean distance between neighbouring points. noise: standard deviation of the points along the normals.
     """
 
     points: Tensor
     normals: Tensor
+    spacings: Tensor
     held_points: Tensor
     held_normals: Tensor
     pool: SpacePool
@@ -93,6 +95,7 @@ def draw_samples(cloud_unit: PointCloud, config: PoolConfig, rng: np.random.Gene
     return Samples(
         points=_tensor(points[kept]),
         normals=_tensor(normals[kept]),
+        spacings=_tensor(np.sqrt(areas[kept])),
         held_points=_tensor(points[held]),
         held_normals=_tensor(normals[held]),
         pool=pool[n_pool_held:],

@@ -48,7 +48,8 @@ class MeshOptions(_Model):
     """How the surface is taken out of the field."""
 
     resolution: Annotated[
-        int | None, Field(ge=8, le=4096, description="Cells of the grid along each side; the preset's by default.")
+        Annotated[int, Field(ge=8, le=4096)] | Literal["auto"] | None,
+        Field(description="Cells of the grid along each side; auto, the presets' own, follows the field's detail."),
     ] = None
     level: Annotated[
         Finite, Field(description="Signed distance of the surface, in the cloud's units: above 0 is outside.")
@@ -210,7 +211,7 @@ class PresetInfo(BaseModel):
 
     summary: str
     steps: int
-    resolution: int
+    resolution: int | Literal["auto"]
 
 
 class ServerLimits(BaseModel):

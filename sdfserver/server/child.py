@@ -73,6 +73,8 @@ class MeshTask:
     options: MeshOptions
     preset: str
     device: str
+    max_resolution: int
+    """An automatic resolution stays within it; any other has been looked at before."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,12 +94,14 @@ class Outcome:
     detail: str = ""
 
 
-def mesh_config(options: MeshOptions, preset: str) -> MeshConfig:
+def mesh_config(options: MeshOptions, preset: str, max_resolution: int) -> MeshConfig:
     """The mesh settings that `options` ask for, on top of those of the preset. Raises ConfigError."""
     base = PRESETS[preset].mesh
+    low, high = base.auto_range
     return replace(
         base,
         resolution=options.resolution or base.resolution,
+        auto_range=(min(low, max_resolution), min(high, max_resolution)),
         level_world=options.level,
         trim_distance_world=options.trim,
         min_component_share=options.min_component,
@@ -269,7 +273,7 @@ def _mesh(task: MeshTask, reporter: _Reporter) -> None:
     meshed = mesh_field(
         field,
         cloud,
-        mesh_config(task.options, task.preset),
+        mesh_config(task.options, task.preset, task.max_resolution),
         clock=Clock(reporter.show, MESH_STAGES),
         should_stop=reporter.should_stop,
     )

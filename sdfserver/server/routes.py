@@ -7,7 +7,7 @@ import logging
 import re
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, TypeVar, cast, get_args
 
@@ -310,7 +310,9 @@ def _new_job(options: JobOptions | MeshJobOptions, preset: str, source: str, **k
 
 
 def _resolution(options: MeshOptions, preset: str) -> int:
-    return options.resolution or PRESETS[preset].mesh.resolution
+    """The resolution, or the most that an automatic one may be."""
+    base = PRESETS[preset].mesh
+    return replace(base, resolution=options.resolution or base.resolution).finest
 
 
 def _create(service: Service, owner: ApiKey, new: NewJob, response: Response) -> Job:
@@ -378,8 +380,8 @@ def _quoted(error: Mapping[str, Any]) -> str:
 
 def check_limits(options: MeshOptions, preset: str, settings: Settings) -> None:
     """Raise ProblemError where the options ask for more than this server gives."""
-    resolution = _resolution(options, preset)
-    if resolution > settings.max_resolution:
+    resolution = options.resolution or PRESETS[preset].mesh.resolution
+    if resolution != "auto" and resolution > settings.max_resolution:
         raise ProblemError(
             "invalid", f"resolution is {resolution}; this server takes {settings.max_resolution} at most"
         )

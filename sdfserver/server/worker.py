@@ -222,6 +222,7 @@ class Worker:
                 options=options,
                 preset=row.preset,
                 device=self._settings.device,
+                max_resolution=self._settings.max_resolution,
             )
 
         def done(attempt: Attempt, outcome: child.Outcome) -> bool:

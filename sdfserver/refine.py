@@ -1,0 +1,350 @@
+"""The second stage of the fit: local networks where the coarse one has left an error.
+
+Everything in the unit frame; sdf < 0 inside; normals point outward. Cells, u and H are those of `local`.
+
+Cells follow the spacing of the points around them. Each gets the points in it, its neighbours' overlap included, but
+for some that are held out, and samples of the space with the coarse field as their target. It is fitted to them with
+the terms of `losses`, many cells at once, none knowing of the others. What is held out then decides, cell by cell,
+whether the local network or the coarse one stands: where the points are noise, or few, a network fitted to them alone
+is farther from the held-out ones.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from sdfserver.config import LocalConfig
+from sdfserver.errors import Stopped
+from sdfserver.local import CellGrid, LocalLevel, LocalSirens, PartitionOfUnity, in_blocks
+from sdfserver.losses import distance_loss, eikonal_loss, normal_loss, surface_loss
+from sdfserver.sampling import Samples
+from sdfserver.siren import Siren
+
+GROUP = 192
+"""Networks that are fitted together on a CPU, where their activations then stay in cache."""
+CHUNK = 32_768
+"""Points at which the coarse network is asked at a time."""
+CHECK_EVERY = 25
+MAX_HELD = 48
+"""Held-out points of a cell."""
+PRIOR = 8
+"""A cell is judged by its held-out points and by this many that are like the average of all cells."""
+MAX_WRONG_SIGNS = 0.02
+"""Share of a cell's samples clearly off the surface that may have the other sign than the coarse field there."""
+CLEARLY_OFF = 0.05
+"""Distance from zero, in H, from which on the sign of the coarse field is not doubted."""
+LATE, SETTLED = 0.3, 0.01
+"""Below this share of the highest learning rate a fit stops when its held-out cost falls by less than that share from
+one check to the next; at higher rates it goes up and down by chance."""
+MEAN_OF_NORMAL = math.sqrt(2 / math.pi)
+"""Mean |x| of a normal distribution with a standard deviation of 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefineReport:
+    """How the second stage went."""
+
+    tried: int
+    """Cells that got a network."""
+    kept: int
+    """Of these, the cells where it is better than the coarse one on the held-out points."""
+    sides: tuple[int, ...]
+    """Cells along each side of the cube, of the levels that were kept."""
+    seconds: float
+    before: float
+    """Mean distance of the cells' held-out points from the coarse field's zero, to first order."""
+    after: float
+    """The same with the local networks, before it is decided which are kept."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Members:
+    """Points (n, 3) and normals (n, 3), and who of them is in which of the cells (k, 3), overlap included.
+
+    Those in cell i are rows[start[i] : start[i] + count[i]], in no order; the first held[i] of them are held out.
+    """
+
+    grid: CellGrid
+    cells: Tensor
+    points: Tensor
+    normals: Tensor
+    rows: Tensor
+    start: Tensor
+    count: Tensor
+    held: Tensor
+
+    def __getitem__(self, some: Tensor) -> "_Members":
+        picked = {name: getattr(self, name)[some] for name in ("cells", "start", "count", "held")}
+        return replace(self, **picked)
+
+    def held_out(self) -> tuple[Tensor, Tensor]:
+        """For every held-out point the cell's row, and the point's."""
+        owner, place = _ranges(self.start, self.held)
+        return owner, self.rows[place]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Verdict:
+    """How k cells stand on their held-out points, `held` (k,) each.
+
+    before, after: (k, 2), the coarse and the local networks' mean distance and mean 1 - cos to the normals there.
+    sound: (k,) bool, the local network is finite and has no sheets of its own.
+    """
+
+    held: Tensor
+    before: Tensor
+    after: Tensor
+    sound: Tensor
+
+
+def refine(
+    coarse: Siren,
+    samples: Samples,
+    config: LocalConfig,
+    *,
+    seed: int = 0,
+    on_progress: Callable[[float], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> tuple[PartitionOfUnity | Siren, RefineReport]:
+    """`coarse` with local networks over it where they are closer to held-out points, and how that went.
+
+    The same seed on the same device gives the same networks. `on_progress` gets a rising share from 0 to 1;
+    `should_stop` is asked before every step. Raises Stopped when it says so.
+    """
+    begin = time.perf_counter()
+    on_progress, should_stop = on_progress or (lambda _: None), should_stop or (lambda: False)
+    generator = torch.Generator().manual_seed(seed + 1)
+    shuffled = torch.randperm(len(samples.points), generator=generator).to(samples.points.device)
+    points, normals = samples.points[shuffled], samples.normals[shuffled]
+    floor = config.worth * MEAN_OF_NORMAL * samples.noise
+    plan = []
+    for grid, cells in plan_cells(points, samples.spacings[shuffled], config):
+        members = _worth_it(coarse, _members(points, normals, grid, cells, config), floor)
+        if len(members.cells):
+            plan.append(members)
+    total, done = sum(len(members.cells) for members in plan), 0
+    levels, verdicts = [], []
+    for members in plan:
+        parts, judged = [], []
+        for some in _groups(members):
+            sirens, verdict = _fit_cells(coarse, members[some], samples.noise, config, generator, should_stop)
+            parts.append(sirens.state_dict())
+            judged.append(verdict)
+            done += len(some)
+            on_progress(done / total)
+        sirens = LocalSirens(len(members.cells), replace(config.network, side=members.grid.side))
+        sirens.load_state_dict({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+        levels.append(LocalLevel(members.cells, sirens.to(points.device)))
+        verdicts.append(_joined(judged))
+    if not levels:
+        return coarse, RefineReport(
+            tried=0, kept=0, sides=(), seconds=time.perf_counter() - begin, before=math.nan, after=math.nan
+        )
+    overall = _joined(verdicts)
+    average = _gains(overall).T @ overall.held / overall.held.sum()
+    kept = []
+    for level, verdict in zip(levels, verdicts, strict=True):
+        held = verdict.held[:, None]
+        believed = (_gains(verdict) * held + average * PRIOR) / (held + PRIOR)
+        good = ((believed > 0).all(dim=1) & verdict.sound).nonzero()[:, 0]
+        if len(good):
+            kept.append(level.keep(good))
+    report = RefineReport(
+        tried=total,
+        kept=sum(len(level.cells) for level in kept),
+        sides=tuple(level.grid.side for level in kept),
+        seconds=time.perf_counter() - begin,
+        before=float(overall.before[:, 0] @ overall.held / overall.held.sum()),
+        after=float(overall.after[:, 0] @ overall.held / overall.held.sum()),
+    )
+    return (PartitionOfUnity(coarse, kept) if kept else coarse), report
+
+
+def plan_cells(points: Tensor, spacings: Tensor, config: LocalConfig) -> list[tuple[CellGrid, Tensor]]:
+    """The leaves of an octree over `points` (n, 3), by level: grids, and which of their cells (k, 3).
+
+    A leaf is as wide as holds about `points_per_cell` points of a surface through its middle, by the `spacings` (n,)
+    of neighbouring points: a cloud of even density gets a single level, whatever the count in a cell's corner.
+    """
+    per_cell = max(config.points_per_cell, 1.5 * len(points) / config.most_cells)
+    wanted = torch.log2(2 / (spacings.clamp_min(1e-9) * math.sqrt(per_cell)))
+    typical = max(1.0, float(wanted.median()))
+    depth = max(0, round(typical - 2.5))  # of the typical leaf, under a first grid of 4 to 8 cells a side
+    side = round(2 ** (typical - depth))
+    surplus = wanted - math.log2(side)  # levels that a point wants below the one at hand
+    leaves = []
+    while len(points):
+        grid = CellGrid(side, config.network.margin)
+        home = ((points + 1) / grid.width).floor().long().clamp(0, side - 1)
+        numbers, owner, counts = torch.unique(grid.numbers(home), return_inverse=True, return_counts=True)
+        mean = surplus.new_zeros(len(numbers)).index_add_(0, owner, surplus) / counts
+        split = (mean > 0.5) & (side * 2 <= config.finest_side)
+        if not split.all():
+            leaves.append((grid, grid.cells(numbers[~split])))
+        below = split[owner]
+        points, surplus = points[below], surplus[below] - 1
+        side *= 2
+    return leaves
+
+
+def _members(points: Tensor, normals: Tensor, grid: CellGrid, cells: Tensor, config: LocalConfig) -> _Members:
+    """Who of the points is in which of the cells; cells with too few are left out."""
+    row_of = torch.full((grid.side**3,), -1, dtype=torch.int32, device=points.device)
+    row_of[grid.numbers(cells)] = torch.arange(len(cells), dtype=torch.int32, device=points.device)
+    rows, numbers = grid.overlaps(points)
+    owner = row_of[numbers]
+    rows, owner = rows[owner >= 0], owner[owner >= 0]
+    rows = rows[owner.sort(stable=True).indices]
+    count = torch.bincount(owner, minlength=len(cells))
+    members = _Members(
+        grid=grid,
+        cells=cells,
+        points=points,
+        normals=normals,
+        rows=rows,
+        start=count.cumsum(0) - count,
+        count=count,
+        held=(count * config.held_share).long().clamp(1, MAX_HELD),
+    )
+    return members[(count >= config.fewest_points).nonzero()[:, 0]]
+
+
+def _worth_it(coarse: Siren, members: _Members, floor: float) -> _Members:
+    """The cells whose held-out points are farther than `floor` from the coarse field's zero."""
+    owner, rows = members.held_out()
+    left = _means(_coarse_misfit(coarse, members, rows), owner)
+    held = members.held
+    average = (left[:, 0] * held).sum() / held.sum().clamp_min(1)
+    return members[((left[:, 0] * held + average * PRIOR) / (held + PRIOR) > floor).nonzero()[:, 0]]
+
+
+def _groups(members: _Members) -> Iterator[Tensor]:
+    rows = torch.arange(len(members.cells), device=members.cells.device)
+    yield from torch.split(rows, GROUP if rows.device.type == "cpu" else len(rows))
+
+
+def _fit_cells(
+    coarse: Siren,
+    members: _Members,
+    noise: float,
+    config: LocalConfig,
+    generator: torch.Generator,
+    should_stop: Callable[[], bool],
+) -> tuple[LocalSirens, _Verdict]:
+    """The networks of the cells, fitted, and how they stand beside the coarse one."""
+    grid, device, k = members.grid, members.points.device, len(members.cells)
+    centres = grid.centres(members.cells)
+    sirens = LocalSirens(k, replace(config.network, side=grid.side), generator=generator).to(device)
+    space = torch.rand((k, config.pool, 3), generator=generator).to(device) * 2 - 1
+    (target,) = _in_chunks(lambda x: (coarse(x),), (space * grid.half + centres[:, None]).reshape(-1, 3))
+    target = target.view(k, -1) / grid.half
+    owner, rows = members.held_out()
+    held_u, held_normals = (members.points[rows] - centres[owner]) / grid.half, members.normals[rows]
+    before = _means(_coarse_misfit(coarse, members, rows), owner)
+    # The coarse field's own error is no target.
+    doubt = (3 * before[:, :1] / grid.half).clamp_min(config.trusted_distance)
+    _start_as_planes(sirens, space, target)
+    weights = config.weights_for(noise / grid.half)
+
+    def misfit() -> Tensor:
+        with torch.no_grad():
+            f, g = in_blocks(sirens.value_and_gradient, held_u, owner)
+        return _means(_misfit(f * grid.half, g, held_normals), owner)
+
+    member, place = _ranges(members.start + members.held, members.count - members.held)
+    rows = members.rows[place]
+    data = torch.cat([(members.points[rows] - centres[member]) / grid.half, members.normals[rows]], dim=1)
+    count = members.count - members.held
+    optimizer = torch.optim.Adam(
+        sirens.parameters(), lr=config.learning_rate, betas=(0.9, config.beta2), fused=device.type == "cpu"
+    )
+    first, n, m, last_cost = (count.cumsum(0) - count)[:, None], config.batch_surface, config.batch_space, math.inf
+    for step in range(config.steps):
+        if should_stop():
+            raise Stopped("the local fits were stopped")
+        for group in optimizer.param_groups:
+            group["lr"] = config.rate(step)
+        batch = data[first + (step * n + torch.arange(n, device=device)) % count[:, None]]
+        part = slice(step * m % config.pool, step * m % config.pool + m)
+        phi, gradient = sirens.value_and_gradient(torch.cat([batch[..., :3], space[:, part]], dim=1))
+        terms = {
+            "surface": surface_loss(phi[:, :n]),
+            "normal": normal_loss(gradient[:, :n], batch[..., 3:]),
+            "eikonal": eikonal_loss(gradient),
+            "distance": distance_loss(phi[:, n:], target[:, part], (target.abs() > doubt)[:, part]),
+        }
+        optimizer.zero_grad(set_to_none=True)
+        # Times k: a sum over the cells, so that none feels how many there are.
+        (weights.total(terms) * k).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        if (step + 1) % CHECK_EVERY == 0 and config.rate(step) < LATE * config.learning_rate:
+            cost = float(_relative(misfit(), before).nanmean())
+            if cost > (1 - SETTLED) * last_cost:
+                break
+            last_cost = cost
+    after = misfit()
+    with torch.no_grad():
+        clearly = target.abs() > torch.maximum(2 * doubt, torch.tensor(CLEARLY_OFF, device=device))
+        wrong = ((sirens(space) * target < 0) & clearly).float().mean(dim=1)
+    sound = torch.isfinite(after).all(dim=1) & (wrong <= MAX_WRONG_SIGNS)
+    return sirens.requires_grad_(False), _Verdict(held=members.held.float(), before=before, after=after, sound=sound)
+
+
+def _start_as_planes(sirens: LocalSirens, space: Tensor, target: Tensor) -> None:
+    """Sets the linear parts to the least-squares planes of the coarse field's values `target` at `space`."""
+    affine = torch.cat([torch.ones_like(space[..., :1]), space], dim=2)
+    plane = torch.linalg.solve(affine.mT @ affine, affine.mT @ target[..., None])
+    with torch.no_grad():
+        sirens.biases[-1].copy_(plane[:, :1])
+        sirens.linear.copy_(plane[:, 1:])
+
+
+def _coarse_misfit(coarse: Siren, members: _Members, rows: Tensor) -> Tensor:
+    phi, gradient = _in_chunks(coarse.value_and_gradient, members.points[rows])
+    return _misfit(phi, gradient, members.normals[rows])
+
+
+def _misfit(phi: Tensor, gradient: Tensor, normals: Tensor) -> Tensor:
+    """The distance to phi = 0, to first order, and 1 - cos to the normals (p, 2); being steep earns no credit."""
+    length = gradient.norm(dim=-1).clamp_min(1e-6)
+    misaligned = 1 - (gradient * normals).sum(dim=-1) / length
+    return torch.stack([phi.abs() / length.clamp(0.5, 1.0), misaligned], dim=1)
+
+
+def _relative(misfit: Tensor, before: Tensor) -> Tensor:
+    """Distance and misalignment (k, 2), each as a share of its mean before, added up (k,)."""
+    return (misfit / before.mean(dim=0).clamp_min(1e-12)).sum(dim=1)
+
+
+def _gains(verdict: _Verdict) -> Tensor:
+    """What share of the distance, and of distance and misalignment together, the local networks save (k, 2)."""
+    costs = [(x[:, 0], _relative(x, verdict.before)) for x in (verdict.before, verdict.after)]
+    gains = [1 - after / before.clamp_min(1e-12) for before, after in zip(*costs, strict=True)]
+    return torch.stack(gains, dim=1).nan_to_num(-1.0).clamp_min(-1.0)
+
+
+def _joined(verdicts: list[_Verdict]) -> _Verdict:
+    return _Verdict(**{name: torch.cat([getattr(v, name) for v in verdicts]) for name in vars(verdicts[0])})
+
+
+def _means(values: Tensor, owner: Tensor) -> Tensor:
+    """Means of values (p, c) over what has the same owner (p,), ascending, none missing."""
+    count = torch.bincount(owner)
+    return values.new_zeros((len(count), values.shape[1])).index_add_(0, owner, values) / count[:, None]
+
+
+def _ranges(start: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """The members of the ranges [start, start + count) (k,): for each its range and itself."""
+    owner = torch.arange(len(start), device=start.device).repeat_interleave(count)
+    shift = start - (count.cumsum(0) - count)
+    return owner, torch.arange(len(owner), device=start.device) + shift.repeat_interleave(count)
+
+
+@torch.no_grad()
+def _in_chunks(function: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor) -> tuple[Tensor, ...]:
+    parts = [function(part) for part in torch.split(x, CHUNK)]
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
