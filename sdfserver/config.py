@@ -250,6 +250,8 @@ class LocalConfig:
     """The coarse field is a target where it is farther than this from zero."""
     worth: float = 1.3
     """A cell is tried where the points are this many times farther from the coarse surface than their noise."""
+    least_kept: float = 0.25
+    """With fewer of all cells kept, by share, none is: what little is left of the error is then mostly noise."""
     clean_unit: float = 5e-4
     """Noise, unit frame, under which local networks are expected to pay, so that the coarse fit is cut short."""
     clean_side: int = 10
@@ -276,7 +278,7 @@ class LocalConfig:
             self.pool >= self.batch_space and self.pool % self.batch_space == 0,
             f"pool is {self.pool}; it must be a multiple of batch_space, {self.batch_space}",
         )
-        for name in ("held_share", "coarse_share"):
+        for name in ("held_share", "coarse_share", "least_kept"):
             _require(0 < getattr(self, name) < 1, f"{name} is {getattr(self, name)}; it must be between 0 and 1")
         for name in ("learning_rate", "reference_noise", "trusted_distance", "worth", "clean_unit"):
             _require(0 < getattr(self, name) < math.inf, f"{name} is {getattr(self, name)}; it must be positive")

@@ -223,7 +223,7 @@ def _plan(samples: Samples, config: FitConfig, local: LocalConfig | None) -> tup
     """
     if local is None:
         return [config], 0
-    leaves = plan_cells(samples.points, samples.spacings, local)
+    leaves = plan_cells(samples.points, samples.spacings, local, of=len(samples.whole_points))
     cells = sum(len(found) for _, found in leaves)
     typical = max(leaves, key=lambda leaf: len(leaf[1]))[0].side
     if samples.noise > local.clean_unit or typical < local.clean_side or config.steps < 2:

@@ -55,9 +55,9 @@ class CellGrid:
         """The cells (..., 3) with these numbers (...,)."""
         return torch.stack([numbers // self.side**2, numbers // self.side % self.side, numbers % self.side], dim=-1)
 
-    def centres(self, cells: Tensor) -> Tensor:
-        """Centres (..., 3) float32 of cells (..., 3)."""
-        return (cells.float() + 0.5) * self.width - 1
+    def centres(self, cells: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Centres (..., 3) of cells (..., 3)."""
+        return (cells.to(dtype) + 0.5) * self.width - 1
 
     def overlaps(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Every pair of a point of x (n, 3) and a cell in which it lies, overlap included: rows (p,), numbers (p,)."""
@@ -212,7 +212,7 @@ class LocalLevel(nn.Module):
         """The level with the networks in `rows` (m,) alone, ascending."""
         sirens = LocalSirens(len(rows), self.sirens.config)
         sirens.load_state_dict({name: value[rows] for name, value in self.sirens.state_dict().items()})
-        return LocalLevel(self.cells[rows], sirens.to(self.cells.device)).requires_grad_(False)
+        return LocalLevel(self.cells[rows], sirens.to(self.sirens.linear)).requires_grad_(False)
 
     def value(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """W (n,) and the sum of w f (n,) at x (n, 3)."""
@@ -240,7 +240,7 @@ class LocalLevel(nn.Module):
         points, networks = points[networks >= 0], networks[networks >= 0]
         networks, order = networks.sort(stable=True)
         points, networks = points[order], networks.long()
-        return points, networks, (x[points] - self.grid.centres(self.cells)[networks]) / self.grid.half
+        return points, networks, (x[points] - self.grid.centres(self.cells[networks], x.dtype)) / self.grid.half
 
 
 def in_blocks(
@@ -256,7 +256,7 @@ def in_blocks(
     shift = (blocks.cumsum(0) - blocks) * BLOCK - (counts.cumsum(0) - counts)
     places = torch.arange(len(u), device=u.device) + shift.repeat_interleave(counts)
     owners = each.repeat_interleave(blocks)
-    packed = u.new_zeros((len(owners) * BLOCK, 3)).index_copy_(0, places, u).view(-1, BLOCK, 3)
+    packed = u.new_zeros((len(owners) * BLOCK, 3)).index_copy_(0, places, u).view(len(owners), BLOCK, 3)
     return tuple(values.flatten(0, 1)[places] for values in function(packed, owners))
 
 

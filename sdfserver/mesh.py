@@ -17,6 +17,9 @@ from sdfserver.errors import ExtractionError, MissingDependencyError
 _PATIENCE = 5.0
 """How fast fast-simplification raises its threshold, 0 to 10: lower is slower and truer."""
 
+SUPPORT_POINTS = 500_000
+"""Of a larger cloud, points at even steps are looked at to see which components are supported."""
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class TriangleMesh:
@@ -98,9 +101,10 @@ def drop_unsupported_components(
         return mesh
     component = np.zeros(len(mesh.vertices), np.int64)
     component[mesh.faces] = labels[:, None]
-    _, nearest = cKDTree(mesh.vertices).query(points, workers=-1)
+    step = -(-len(points) // SUPPORT_POINTS)
+    _, nearest = cKDTree(mesh.vertices).query(points[::step], workers=-1)
     support = np.bincount(component[nearest], minlength=labels.max() + 1)
-    keep = support >= min(min_points, support.max())
+    keep = support >= min(-(-min_points // step), support.max())
     return mesh if keep.all() else keep_faces(mesh, keep[labels])
 
 

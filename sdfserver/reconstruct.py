@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import numpy as np
 import torch
 from scipy.spatial import cKDTree
 
@@ -29,12 +30,15 @@ from sdfserver.mesh import (
 )
 from sdfserver.metrics import cloud_to_mesh, mesh_health
 from sdfserver.refine import RefineReport
+from sdfserver.sampling import sketch_rows
 from sdfserver.siren import Siren
 from sdfserver.winding import mean_spacing, point_areas
 
 REPORT_FORMAT = 1
 STAGES = {"prepare": 0.05, "fit": 0.75, "mesh": 0.15, "measure": 0.05}
 """Stages in order, and the share of the whole that each stands for in the progress."""
+MEASURED_POINTS = 300_000
+"""Points of a larger cloud whose distance to the mesh is measured."""
 FIT_STAGES = ("prepare", "fit")
 MESH_STAGES = ("mesh", "measure")
 
@@ -193,8 +197,8 @@ def fit_field(
         given = len(cloud.points)
         cloud, strays = drop_strays(cloud)  # first: one far stray makes the rest look like a single place
         cloud = validate(cloud)
-        spacing = mean_spacing(point_areas(cloud.points, cKDTree(cloud.points)))
-        frame = Frame.around(cloud.points, margin=spacing)
+        sketch = cloud.points[sketch_rows(len(cloud.points), np.random.default_rng(seed))]
+        frame = Frame.around(cloud.points, margin=mean_spacing(point_areas(sketch, cKDTree(sketch))))
         cloud_unit = PointCloud(points=frame.to_unit(cloud.points), normals=cloud.normals)
         if on_cloud is not None:
             on_cloud(cloud)
@@ -258,7 +262,7 @@ def mesh_field(
             raise error.scaled(1 / field.frame.scale) from None
         triangles = finish_mesh(to_world(surface, field.frame), cloud, config)
     with clock.running("measure"):
-        accuracy = asdict(cloud_to_mesh(cloud, triangles))
+        accuracy = asdict(cloud_to_mesh(cloud, triangles, max_points=MEASURED_POINTS))
         health = asdict(mesh_health(triangles))
     report = {
         "config": {"mesh": asdict(config)},

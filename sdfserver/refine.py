@@ -11,7 +11,7 @@ is farther from the held-out ones.
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -101,6 +101,130 @@ class _Verdict:
     sound: Tensor
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FittedCells:
+    """Local networks of one level as their fit left them, with what is needed to judge them.
+
+    planned: cells that had enough points, tried or not. cells: (k, 3) int64, those tried. networks: their parameters,
+    named as in LocalSirens. held, before, after, sound: as in _Verdict.
+    """
+
+    side: int
+    planned: int
+    cells: Tensor
+    networks: dict[str, Tensor]
+    held: Tensor
+    before: Tensor
+    after: Tensor
+    sound: Tensor
+
+
+class Refinement:
+    """The second stage for a cloud that comes in one piece or in several.
+
+    The same seed on the same device gives the same networks, in whatever order the pieces come.
+    """
+
+    def __init__(self, coarse: Siren, noise: float, config: LocalConfig, *, seed: int = 0) -> None:
+        self._coarse, self._noise, self._config, self._seed = coarse, noise, config, seed
+        self._seconds = 0.0
+
+    def fit(
+        self,
+        points: Tensor,
+        normals: Tensor,
+        leaves: list[tuple[CellGrid, Tensor]],
+        *,
+        piece: int = 0,
+        on_progress: Callable[[float], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> list[FittedCells]:
+        """Networks for `leaves`, grids and their cells, from all points (n, 3) and normals (n, 3) in these cells.
+
+        `on_progress` gets a rising share from 0 to 1; `should_stop` is asked before every step. Raises Stopped when it
+        says so.
+        """
+        begin = time.perf_counter()
+        on_progress, should_stop = on_progress or (lambda _: None), should_stop or (lambda: False)
+        generator = torch.Generator().manual_seed(self._seed + 1 + 65_537 * piece)
+        shuffled = torch.randperm(len(points), generator=generator).to(points.device)
+        points, normals = points[shuffled], normals[shuffled]
+        floor = self._config.worth * MEAN_OF_NORMAL * self._noise
+        plan = []
+        for grid, cells in leaves:
+            members = _members(points, normals, grid, cells, self._config)
+            plan.append((len(members.cells), _worth_it(self._coarse, members, floor)))
+        total, done, found = sum(len(members.cells) for _, members in plan), 0, []
+        for planned, members in plan:
+            parts, judged = [], []
+            for some in _groups(members):
+                sirens, verdict = _fit_cells(
+                    self._coarse, members[some], self._noise, self._config, generator, should_stop
+                )
+                parts.append(sirens.state_dict())
+                judged.append(verdict)
+                done += len(some)
+                on_progress(done / total)
+            if parts:
+                networks = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+                side, cells, verdict = members.grid.side, members.cells, _joined(judged)
+                found.append(FittedCells(side=side, planned=planned, cells=cells, networks=networks, **vars(verdict)))
+            else:
+                none, nothing = points.new_zeros(0), points.new_zeros((0, 2))
+                found.append(
+                    FittedCells(
+                        side=members.grid.side,
+                        planned=planned,
+                        cells=members.cells,
+                        networks={},
+                        held=none,
+                        before=nothing,
+                        after=nothing,
+                        sound=none,
+                    )
+                )
+        self._seconds += time.perf_counter() - begin
+        return found
+
+    def join(self, found: Iterable[FittedCells]) -> tuple[PartitionOfUnity | Siren, RefineReport]:
+        """The coarse network with those local ones over it that are closer to held-out points, and how that went."""
+        found = list(found)
+        planned = sum(part.planned for part in found)
+        tried = [part for part in found if len(part.cells)]
+        if not tried:
+            return self._coarse, RefineReport(
+                tried=0, kept=0, sides=(), seconds=self._seconds, before=math.nan, after=math.nan
+            )
+        overall = _joined([_verdict_of(part) for part in tried])
+        average = _gains(overall).T @ overall.held / overall.held.sum()
+        levels = []
+        for side in sorted({part.side for part in tried}):
+            parts = [part for part in tried if part.side == side]
+            verdict = _joined([_verdict_of(part) for part in parts])
+            held = verdict.held[:, None]
+            believed = (_gains(verdict) * held + average * PRIOR) / (held + PRIOR)
+            good = ((believed > 0).all(dim=1) & verdict.sound.bool()).nonzero()[:, 0]
+            cells = torch.cat([part.cells for part in parts])[good]
+            order = CellGrid(side, self._config.network.margin).numbers(cells).argsort()
+            sirens = LocalSirens(len(good), replace(self._config.network, side=side))
+            sirens.load_state_dict(
+                {name: torch.cat([part.networks[name] for part in parts])[good][order] for name in parts[0].networks}
+            )
+            if len(good):
+                levels.append(LocalLevel(cells[order], sirens.to(cells.device)).requires_grad_(False))
+        if sum(len(level.cells) for level in levels) < self._config.least_kept * planned:
+            levels = []
+        report = RefineReport(
+            tried=sum(len(part.cells) for part in tried),
+            kept=sum(len(level.cells) for level in levels),
+            sides=tuple(level.grid.side for level in levels),
+            seconds=self._seconds,
+            before=float(overall.before[:, 0] @ overall.held / overall.held.sum()),
+            after=float(overall.after[:, 0] @ overall.held / overall.held.sum()),
+        )
+        return (PartitionOfUnity(self._coarse, levels) if levels else self._coarse), report
+
+
 def refine(
     coarse: Siren,
     samples: Samples,
@@ -112,65 +236,28 @@ def refine(
 ) -> tuple[PartitionOfUnity | Siren, RefineReport]:
     """`coarse` with local networks over it where they are closer to held-out points, and how that went.
 
-    The same seed on the same device gives the same networks. `on_progress` gets a rising share from 0 to 1;
-    `should_stop` is asked before every step. Raises Stopped when it says so.
+    As Refinement, for a cloud in one piece.
     """
-    begin = time.perf_counter()
-    on_progress, should_stop = on_progress or (lambda _: None), should_stop or (lambda: False)
-    generator = torch.Generator().manual_seed(seed + 1)
-    shuffled = torch.randperm(len(samples.points), generator=generator).to(samples.points.device)
-    points, normals = samples.points[shuffled], samples.normals[shuffled]
-    floor = config.worth * MEAN_OF_NORMAL * samples.noise
-    plan = []
-    for grid, cells in plan_cells(points, samples.spacings[shuffled], config):
-        members = _worth_it(coarse, _members(points, normals, grid, cells, config), floor)
-        if len(members.cells):
-            plan.append(members)
-    total, done = sum(len(members.cells) for members in plan), 0
-    levels, verdicts = [], []
-    for members in plan:
-        parts, judged = [], []
-        for some in _groups(members):
-            sirens, verdict = _fit_cells(coarse, members[some], samples.noise, config, generator, should_stop)
-            parts.append(sirens.state_dict())
-            judged.append(verdict)
-            done += len(some)
-            on_progress(done / total)
-        sirens = LocalSirens(len(members.cells), replace(config.network, side=members.grid.side))
-        sirens.load_state_dict({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
-        levels.append(LocalLevel(members.cells, sirens.to(points.device)))
-        verdicts.append(_joined(judged))
-    if not levels:
-        return coarse, RefineReport(
-            tried=0, kept=0, sides=(), seconds=time.perf_counter() - begin, before=math.nan, after=math.nan
+    refinement = Refinement(coarse, samples.noise, config, seed=seed)
+    leaves = plan_cells(samples.points, samples.spacings, config, of=len(samples.whole_points))
+    return refinement.join(
+        refinement.fit(
+            samples.whole_points, samples.whole_normals, leaves, on_progress=on_progress, should_stop=should_stop
         )
-    overall = _joined(verdicts)
-    average = _gains(overall).T @ overall.held / overall.held.sum()
-    kept = []
-    for level, verdict in zip(levels, verdicts, strict=True):
-        held = verdict.held[:, None]
-        believed = (_gains(verdict) * held + average * PRIOR) / (held + PRIOR)
-        good = ((believed > 0).all(dim=1) & verdict.sound).nonzero()[:, 0]
-        if len(good):
-            kept.append(level.keep(good))
-    report = RefineReport(
-        tried=total,
-        kept=sum(len(level.cells) for level in kept),
-        sides=tuple(level.grid.side for level in kept),
-        seconds=time.perf_counter() - begin,
-        before=float(overall.before[:, 0] @ overall.held / overall.held.sum()),
-        after=float(overall.after[:, 0] @ overall.held / overall.held.sum()),
     )
-    return (PartitionOfUnity(coarse, kept) if kept else coarse), report
 
 
-def plan_cells(points: Tensor, spacings: Tensor, config: LocalConfig) -> list[tuple[CellGrid, Tensor]]:
+def plan_cells(
+    points: Tensor, spacings: Tensor, config: LocalConfig, *, of: int | None = None
+) -> list[tuple[CellGrid, Tensor]]:
     """The leaves of an octree over `points` (n, 3), by level: grids, and which of their cells (k, 3).
+
+    The points may be some that are drawn from a cloud `of` more; the spacings are those of the whole cloud.
 
     A leaf is as wide as holds about `points_per_cell` points of a surface through its middle, by the `spacings` (n,)
     of neighbouring points: a cloud of even density gets a single level, whatever the count in a cell's corner.
     """
-    per_cell = max(config.points_per_cell, 1.5 * len(points) / config.most_cells)
+    per_cell = max(config.points_per_cell, 1.5 * (of or len(points)) / config.most_cells)
     wanted = torch.log2(2 / (spacings.clamp_min(1e-9) * math.sqrt(per_cell)))
     typical = max(1.0, float(wanted.median()))
     depth = max(0, round(typical - 2.5))  # of the typical leaf, under a first grid of 4 to 8 cells a side
@@ -325,6 +412,10 @@ def _gains(verdict: _Verdict) -> Tensor:
     costs = [(x[:, 0], _relative(x, verdict.before)) for x in (verdict.before, verdict.after)]
     gains = [1 - after / before.clamp_min(1e-12) for before, after in zip(*costs, strict=True)]
     return torch.stack(gains, dim=1).nan_to_num(-1.0).clamp_min(-1.0)
+
+
+def _verdict_of(part: FittedCells) -> _Verdict:
+    return _Verdict(held=part.held, before=part.before, after=part.after, sound=part.sound)
 
 
 def _joined(verdicts: list[_Verdict]) -> _Verdict:

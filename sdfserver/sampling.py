@@ -3,6 +3,7 @@
 Everything in the unit frame; sdf < 0 inside; normals point outward.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,6 +26,10 @@ FULL_GUESS = 0.4
 HELD_SHARE, MIN_HELD_POINTS, MAX_HELD_POINTS = 0.02, 5, 2000
 """Points of the cloud, and samples of the pool, that are held out of the fit."""
 NOISE_NEIGHBOURS, NOISE_POINTS = 24, 4000
+SKETCH = 300_000
+"""Points of a larger cloud, drawn from it, that stand for it where the nearest point is looked for."""
+PATCHES, PATCH_REACH = 200, 6
+"""Where the noise of a larger cloud is looked for: around so many points, as far as so many spacings."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -57,15 +62,20 @@ class SpacePool:
 class Samples:
     """All that a fit draws from, and what is held out of it to judge it.
 
-    points, held_points: (n, 3) and (h, 3) float32 points of the cloud; normals, held_normals: theirs.
-    spacings: (n,) float32, the distance between neighbouring points around each of `points`.
+    points, held_points: (n, 3) and (h, 3) float32 points of the cloud, or of a sketch of it if it is large; normals,
+        held_normals: theirs.
+    spacings: (n,) float32, the distance between neighbouring points of the cloud around each of `points`.
+    whole_points, whole_normals: (w, 3) float32, all of the cloud; but what is held out, if that is not large.
     pool, held_pool: samples in the space around it.
-    spacing: mean distance between neighbouring points. noise: standard deviation of the points along the normals.
+    spacing: mean distance between neighbouring ones of `points`.
+    noise: standard deviation of the points along the normals.
     """
 
     points: Tensor
     normals: Tensor
     spacings: Tensor
+    whole_points: Tensor
+    whole_normals: Tensor
     held_points: Tensor
     held_normals: Tensor
     pool: SpacePool
@@ -81,9 +91,29 @@ class Samples:
 
 def draw_samples(cloud_unit: PointCloud, config: PoolConfig, rng: np.random.Generator) -> Samples:
     """The cloud parted into points to fit and points to judge by, and a pool of samples around it."""
-    points, normals = cloud_unit.points, cloud_unit.normals
-    if normals is None:
-        raise CloudError("the cloud has no normals; a signed distance cannot be fitted to it")
+    points, normals = cloud_unit.points, _normals_of(cloud_unit)
+    n = len(points)
+    if n <= SKETCH:
+        return sketch_samples(cloud_unit, config, rng, of=n)
+    drawn = sketch_rows(n, rng)
+    sketch = PointCloud(points=points[drawn], normals=normals[drawn])
+    samples = sketch_samples(sketch, config, rng, of=n)
+    near = Patches(sketch.points, samples.spacing * math.sqrt(len(drawn) / n), rng).mask(points)
+    patches = PointCloud(points=points[near], normals=normals[near])
+    return replace(
+        samples,
+        whole_points=_tensor(points),
+        whole_normals=_tensor(normals),
+        noise=estimate_noise(patches.points, _normals_of(patches), cKDTree(patches.points), rng),
+    )
+
+
+def sketch_samples(sketch: PointCloud, config: PoolConfig, rng: np.random.Generator, *, of: int) -> Samples:
+    """Samples of a cloud `of` so many points, from those drawn from it: all, or a `sketch` that stands for them.
+
+    A sketch's noise is that of its own points, and the whole cloud is taken to be no more than the sketch.
+    """
+    points, normals = sketch.points, _normals_of(sketch)
     tree = cKDTree(points)
     areas = point_areas(points, tree)
     spacing = mean_spacing(areas)
@@ -92,10 +122,13 @@ def draw_samples(cloud_unit: PointCloud, config: PoolConfig, rng: np.random.Gene
     n_held = min(max(MIN_HELD_POINTS, round(HELD_SHARE * len(points))), MAX_HELD_POINTS)
     held, kept = shuffled[:n_held], np.sort(shuffled[n_held:])
     n_pool_held = round(HELD_SHARE * config.size)
+    kept_points, kept_normals = _tensor(points[kept]), _tensor(normals[kept])
     return Samples(
-        points=_tensor(points[kept]),
-        normals=_tensor(normals[kept]),
-        spacings=_tensor(np.sqrt(areas[kept])),
+        points=kept_points,
+        normals=kept_normals,
+        spacings=_tensor(np.sqrt(areas[kept] * len(points) / of)),
+        whole_points=kept_points,
+        whole_normals=kept_normals,
         held_points=_tensor(points[held]),
         held_normals=_tensor(normals[held]),
         pool=pool[n_pool_held:],
@@ -103,6 +136,32 @@ def draw_samples(cloud_unit: PointCloud, config: PoolConfig, rng: np.random.Gene
         spacing=spacing,
         noise=estimate_noise(points, normals, tree, rng),
     )
+
+
+def _normals_of(cloud: PointCloud) -> NDArray[np.float64]:
+    if cloud.normals is None:
+        raise CloudError("the cloud has no normals; a signed distance cannot be fitted to it")
+    return cloud.normals
+
+
+class Patches:
+    """Where the noise of a large cloud is looked for: it shows between neighbours, and a sketch has few of them."""
+
+    def __init__(self, sketch: NDArray[np.float64], spacing: float, rng: np.random.Generator) -> None:
+        """Around some points of `sketch` (m, 3), as far as a few times the whole cloud's `spacing`."""
+        self._centres = cKDTree(sketch[rng.permutation(len(sketch))[:PATCHES]])
+        self._reach = PATCH_REACH * spacing
+
+    def mask(self, points: NDArray[np.float64]) -> NDArray[np.bool_]:
+        """Which of `points` (n, 3) lie in a patch."""
+        distance, _ = self._centres.query(points, distance_upper_bound=self._reach, workers=-1)
+        inside: NDArray[np.bool_] = np.isfinite(distance)
+        return inside
+
+
+def sketch_rows(n: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Which of n points stand for all: every one of a cloud that is not large, else some drawn at random."""
+    return np.arange(n) if n <= SKETCH else np.sort(rng.permutation(n)[:SKETCH])
 
 
 def estimate_noise(

@@ -46,3 +46,19 @@ def bowl(n: int = 2000, *, seed: int = 0) -> PointCloud:
     normals = directions(n, seed)
     normals[:, 2] = -np.abs(normals[:, 2])
     return PointCloud(points=normals, normals=normals)
+
+
+def rippled_sphere(
+    n: int, *, height: float = 0.03, waves: float = 12.0, noise: float = 0.0, seed: int = 0
+) -> PointCloud:
+    """n points of a unit sphere with ripples, normals outward; `noise` moves points along the normals."""
+    d = directions(n, seed)
+    sines, cosines = np.sin(waves * d), np.cos(waves * d)
+    radius = 1 + height * sines.prod(axis=1, keepdims=True)
+    others = np.stack([sines[:, 1] * sines[:, 2], sines[:, 0] * sines[:, 2], sines[:, 0] * sines[:, 1]], axis=1)
+    slope = height * waves * cosines * others
+    slope -= (slope * d).sum(axis=1, keepdims=True) * d
+    normals = radius * d - slope
+    normals /= np.linalg.norm(normals, axis=1, keepdims=True)
+    moved = noise * np.random.default_rng(seed + 1).normal(size=(n, 1)) * normals
+    return PointCloud(points=radius * d + moved, normals=normals)

@@ -1,5 +1,6 @@
 """The field in world units, and its way to a file and back."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -7,9 +8,11 @@ import pytest
 import torch
 
 from sdfserver.cloud import Frame
-from sdfserver.config import NetworkConfig
+from sdfserver.config import LocalNetworkConfig, NetworkConfig
 from sdfserver.errors import FieldFormatError
 from sdfserver.field import SignedDistanceField
+from sdfserver.local import CellGrid, LocalLevel, LocalSirens, PartitionOfUnity
+from sdfserver.server.fields import load
 from sdfserver.siren import Siren
 
 UTM = np.array([432_100.25, 5_411_200.5, 312.125])
@@ -64,3 +67,41 @@ def test_a_file_that_is_no_field_is_one_clear_line(tmp_path: Path) -> None:
         with pytest.raises(FieldFormatError, match="is not a field saved by sdfserver") as caught:
             SignedDistanceField.load(tmp_path / f"{name}.safetensors")
         assert "\n" not in str(caught.value)
+
+
+def refined_field() -> SignedDistanceField:
+    """A coarse network with two levels of local ones over it."""
+
+    def level(side: int, seed: int) -> LocalLevel:
+        config = LocalNetworkConfig(side=side, hidden=8)
+        cells = CellGrid(side, config.margin).cells(torch.arange(0, side**3, 2))
+        return LocalLevel(cells, LocalSirens(len(cells), config, generator=torch.Generator().manual_seed(seed)))
+
+    coarse = Siren(NetworkConfig(hidden=16, layers=2), generator=torch.Generator().manual_seed(0))
+    return SignedDistanceField(PartitionOfUnity(coarse, [level(3, 1), level(5, 2)]), Frame(center=UTM, scale=0.01))
+
+
+def test_a_saved_field_of_many_networks_comes_back_to_the_bit(tmp_path: Path) -> None:
+    field = refined_field()
+    field.save(tmp_path / "f.safetensors")
+    back = SignedDistanceField.load(tmp_path / "f.safetensors")
+    assert (back.evaluate(near()) == field.evaluate(near())).all()
+    assert (back.gradient(near()) == field.gradient(near())).all()
+    assert back.detail == field.detail > small_field().detail / 3
+
+
+@pytest.mark.parametrize("make", [small_field, refined_field])
+def test_what_the_api_computes_with_numpy_is_the_field(make: Callable[[], SignedDistanceField], tmp_path: Path) -> None:
+    field = make()
+    field.save(tmp_path / "f.safetensors")
+    value, gradient = load(tmp_path / "f.safetensors").evaluate(near(20_000))
+    np.testing.assert_allclose(value, field.evaluate(near(20_000)), atol=1e-4 * np.abs(value).max())
+    np.testing.assert_allclose(gradient, field.gradient(near(20_000)), atol=1e-3 * np.abs(gradient).max())
+
+
+def test_the_api_s_field_holds_far_outside_the_cube(tmp_path: Path) -> None:
+    refined_field().save(tmp_path / "f.safetensors")
+    outside = UTM + np.full((3, 3), 500.0)
+    value, gradient = load(tmp_path / "f.safetensors").evaluate(outside)
+    assert value.shape == (3,)
+    assert np.isfinite(gradient).all()
