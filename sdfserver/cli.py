@@ -182,6 +182,16 @@ FieldOption = Annotated[
         help="Write the signed distance field itself to this file.",
     ),
 ]
+WorkDirOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--work-dir",
+        metavar="DIR",
+        show_default=False,
+        rich_help_panel="Fit",
+        help="For clouds larger than memory: fit tile by tile in this folder, and go on there after a break.",
+    ),
+]
 QuietOption = Annotated[
     bool, typer.Option("--quiet", "-q", rich_help_panel="Results", help="Print nothing but errors.")
 ]
@@ -284,6 +294,7 @@ def reconstruct(
     faces: FacesOption = None,
     report: ReportOption = None,
     field: FieldOption = None,
+    work_dir: WorkDirOption = None,
     quiet: QuietOption = False,
 ) -> None:
     """Reconstruct the surface of a point cloud and write it as a mesh.
@@ -303,9 +314,14 @@ def reconstruct(
         target_faces=faces,
     )
     _check_paths(cloud, output, report=report, field=field)
-    points, strays, outliers = _prepare(
-        cloud, remove_outliers=remove_outliers, estimate=normals == "estimate", sensor=sensor
-    )
+    if work_dir is not None and (remove_outliers or normals == "estimate"):
+        raise ConfigError(
+            "with --work-dir the cloud is never in memory as a whole: clean it first, and give it normals"
+        )
+    estimate = normals == "estimate"
+    points, strays, outliers = None, 0, 0
+    if work_dir is None:
+        points, strays, outliers = _prepare(cloud, remove_outliers=remove_outliers, estimate=estimate, sensor=sensor)
 
     with _progress_bar(quiet=quiet) as show:
         # Here, not above: torch takes seconds to load, and a mistake should not.
@@ -314,7 +330,13 @@ def reconstruct(
         from sdfserver.reconstruct import report_json
 
         on_progress = None if show is None else partial(_show_progress, show)
-        result = run(points, preset=preset, mesh=mesh_config, device=device, seed=seed, on_progress=on_progress)
+        settings: dict[str, Any] = {"preset": preset, "mesh": mesh_config, "device": device, "seed": seed}
+        if work_dir is not None:
+            from sdfserver.tiles import reconstruct_tiles
+
+            result = reconstruct_tiles(cloud, work_dir, on_progress=on_progress, **settings)
+        elif points is not None:
+            result = run(points, on_progress=on_progress, **settings)
     write_mesh(result.mesh, output)
     if field is not None:
         result.field.save(field)
@@ -561,7 +583,8 @@ def _progress_bar(*, quiet: bool) -> Iterator[Show | None]:
 
 
 def _show_progress(show: Show, progress: "Progress") -> None:
-    show(progress.stage, progress.fraction, _details(progress))
+    tile = "" if progress.tile is None else f"tile {progress.tile}/{progress.tiles}  "
+    show(progress.stage, progress.fraction, tile + _details(progress))
 
 
 def _show_job(show: Show, job: "schemas.Job") -> None:

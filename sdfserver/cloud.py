@@ -88,6 +88,20 @@ def validate(
     return merged
 
 
+def checked(cloud: PointCloud) -> PointCloud:
+    """Part of a cloud with unit normals, or CloudError where coordinates or normals are not usable or missing.
+
+    What only the whole cloud shows, validate looks at.
+    """
+    bad = _not_finite(cloud.points)
+    if bad.size:
+        where = f"first point {_triple(cloud.points[bad[0]])}"
+        raise CloudError(f"{bad.size} points have NaN or infinite coordinates, {where}; remove them")
+    if cloud.normals is None:
+        raise CloudError(_NO_NORMALS)
+    return PointCloud(points=cloud.points, normals=_unit_normals(cloud.normals, len(cloud.points)))
+
+
 def drop_strays(cloud: PointCloud) -> tuple[PointCloud, int]:
     """The cloud without the few far strays that would shrink its shape in the frame, and how many they were.
 

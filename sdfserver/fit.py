@@ -149,6 +149,7 @@ def fit(
     config: FitConfig,
     *,
     local: LocalConfig | None = None,
+    samples: Samples | None = None,
     device: torch.device,
     seed: int = 0,
     on_progress: Callable[[FitProgress], None] | None = None,
@@ -158,7 +159,8 @@ def fit(
     """The network whose zero set is the surface of `cloud_unit`, and how the fit went.
 
     With `local`, a second stage puts small networks over the first where that lowers the error on points held out of
-    it; for a cloud with little noise the first stage is then a shorter one.
+    it; for a cloud with little noise the first stage is then a shorter one. `samples` are drawn from the cloud unless
+    they are given.
 
     The same seed on the same device gives the same network. `on_progress` is called every few dozen steps, `on_network`
     then as well, with a copy of the network of the first stage, healthy or not; `should_stop` before every step.
@@ -168,7 +170,7 @@ def fit(
     """
     _keep_thread_limit()
     start = time.perf_counter()
-    samples = draw_samples(cloud_unit, config.pool, np.random.default_rng(seed)).to(device)
+    samples = (samples or draw_samples(cloud_unit, config.pool, np.random.default_rng(seed))).to(device)
     pool_ready = time.perf_counter()
     network = replace(network, omega=config.omega_for(network.omega, samples.spacing))
     model = Siren(network, generator=torch.Generator().manual_seed(seed)).to(device)
@@ -228,11 +230,16 @@ def _plan(samples: Samples, config: FitConfig, local: LocalConfig | None) -> tup
     typical = max(leaves, key=lambda leaf: len(leaf[1]))[0].side
     if samples.noise > local.clean_unit or typical < local.clean_side or config.steps < 2:
         return [config], cells
-    short = replace(config, steps=max(1, round(config.steps * local.coarse_share)))
+    short = shortened(config, local)
     rest = replace(
         config, steps=config.steps - short.steps, learning_rate=config.learning_rate / 2, warm_start_share=0.0
     )
     return [short, rest], cells
+
+
+def shortened(config: FitConfig, local: LocalConfig) -> FitConfig:
+    """The coarse fit of a cloud for which local networks can be expected to do the rest."""
+    return replace(config, steps=max(1, round(config.steps * local.coarse_share)))
 
 
 class _Teller:

@@ -10,7 +10,7 @@ normals of its faces. Meshes are written to a temporary file beside the target, 
 import os
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,7 +24,7 @@ from sdfserver.files import known_extension, open_cloud, printable, reason, repl
 from sdfserver.formats.arrays import read_npy, read_npz
 from sdfserver.formats.common import Floats
 from sdfserver.formats.pcd import read_pcd
-from sdfserver.formats.ply import read_ply
+from sdfserver.formats.ply import ply_chunks, read_ply
 from sdfserver.formats.scans import read_e57, read_las
 from sdfserver.formats.surfaces import area_normals, read_obj, read_off, read_stl, stl_size
 from sdfserver.formats.text import read_text
@@ -60,6 +60,29 @@ def read_cloud(path: str | os.PathLike[str]) -> PointCloud:
         return cloud
     except CloudFormatError as error:
         raise CloudFormatError(f"{name}: {error}") from None
+
+
+def stream_cloud(path: str | os.PathLike[str], rows: int = 1_000_000) -> Iterator[PointCloud]:
+    """The cloud of a file, `rows` points at a time: of a binary PLY without the whole of it ever in memory.
+
+    Other formats are read as a whole and then parted. Raises as read_cloud does.
+    """
+    path = Path(path)
+    chunks = None
+    if path.suffix.lower() == ".ply":
+        open_cloud(path).close()
+        try:
+            chunks = ply_chunks(path, rows)
+        except CloudFormatError as error:
+            raise CloudFormatError(f"{printable(path.name)}: {error}") from None
+    if chunks is None:
+        cloud = read_cloud(path)
+        for start in range(0, len(cloud.points), rows):
+            part = slice(start, start + rows)
+            normals = None if cloud.normals is None else cloud.normals[part]
+            yield PointCloud(points=cloud.points[part], normals=normals)
+    else:
+        yield from chunks
 
 
 def read_mesh(path: str | os.PathLike[str]) -> TriangleMesh:

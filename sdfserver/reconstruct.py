@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.spatial import cKDTree
 
 import sdfserver
 from sdfserver.cloud import Frame, PointCloud, drop_strays, validate
@@ -32,7 +31,7 @@ from sdfserver.metrics import cloud_to_mesh, mesh_health
 from sdfserver.refine import RefineReport
 from sdfserver.sampling import sketch_rows
 from sdfserver.siren import Siren
-from sdfserver.winding import mean_spacing, point_areas
+from sdfserver.winding import spacing_of
 
 REPORT_FORMAT = 1
 STAGES = {"prepare": 0.05, "fit": 0.75, "mesh": 0.15, "measure": 0.05}
@@ -52,6 +51,8 @@ class Progress:
     step: int | None = None
     steps: int | None = None
     losses: dict[str, float] = field(default_factory=dict)
+    tile: int | None = None
+    tiles: int | None = None
     eta_s: float | None = None
 
 
@@ -198,7 +199,7 @@ def fit_field(
         cloud, strays = drop_strays(cloud)  # first: one far stray makes the rest look like a single place
         cloud = validate(cloud)
         sketch = cloud.points[sketch_rows(len(cloud.points), np.random.default_rng(seed))]
-        frame = Frame.around(cloud.points, margin=mean_spacing(point_areas(sketch, cKDTree(sketch))))
+        frame = Frame.around(cloud.points, margin=spacing_of(sketch))
         cloud_unit = PointCloud(points=frame.to_unit(cloud.points), normals=cloud.normals)
         if on_cloud is not None:
             on_cloud(cloud)
@@ -219,20 +220,12 @@ def fit_field(
             on_network=None if on_field is None else on_network,
             should_stop=should_stop,
         )
-    report = {
-        "format": REPORT_FORMAT,
-        "preset": preset,
-        "seed": seed,
-        "device": str(torch_device) + (f" ({torch.cuda.get_device_name()})" if torch_device.type == "cuda" else ""),
-        "versions": _versions(),
-        "config": {
-            "network": asdict(network),
-            "fit": asdict(fit_config),
-            "local": None if local is None else asdict(local),
-        },
+    report = start_report(
+        preset, seed=seed, device=torch_device, network=network, fit_config=fit_config, local=local
+    ) | {
         "cloud": {"points": given, "used": len(cloud.points), "strays_dropped": strays, "scale_to_unit": frame.scale},
         "seconds": {**clock.seconds, "pool": fit_report.seconds_pool},
-        "fit": _fit_section(fit_report, frame),
+        "fit": fit_section(fit_report, frame),
     }
     return FittedField(field=SignedDistanceField(fitted, frame), cloud=cloud, report=report)
 
@@ -271,6 +264,30 @@ def mesh_field(
         "mesh": {**health, "resolution": resolution, "field_evaluations": surface.evaluations},
     }
     return MeshedField(mesh=triangles, report=report)
+
+
+def start_report(
+    preset: str,
+    *,
+    seed: int,
+    device: torch.device,
+    network: NetworkConfig,
+    fit_config: FitConfig,
+    local: LocalConfig | None,
+) -> dict[str, Any]:
+    """What a report begins with: what was asked for, and where it was computed."""
+    return {
+        "format": REPORT_FORMAT,
+        "preset": preset,
+        "seed": seed,
+        "device": str(device) + (f" ({torch.cuda.get_device_name()})" if device.type == "cuda" else ""),
+        "versions": _versions(),
+        "config": {
+            "network": asdict(network),
+            "fit": asdict(fit_config),
+            "local": None if local is None else asdict(local),
+        },
+    }
 
 
 def join_reports(fit_report: dict[str, Any], mesh_report: dict[str, Any]) -> dict[str, Any]:
@@ -316,7 +333,8 @@ def finish_mesh(mesh: TriangleMesh, cloud: PointCloud, config: MeshConfig) -> Tr
     return mesh
 
 
-def _fit_section(report: FitReport, frame: Frame) -> dict[str, Any]:
+def fit_section(report: FitReport, frame: Frame) -> dict[str, Any]:
+    """What a report says of the fit, in world units."""
     return {
         "steps": report.steps,
         "restarts": list(report.restarts),
@@ -325,7 +343,7 @@ def _fit_section(report: FitReport, frame: Frame) -> dict[str, Any]:
         "trusted_share": report.trusted_share,
         "noise": report.noise / frame.scale,
         "omega": report.omega,
-        "local": None if report.local is None else _local_section(report.local, frame),
+        "local": None if report.local is None else local_section(report.local, frame),
         "held_out": {
             "surface_distance": report.health.surface / frame.scale,
             "wrong_signs": report.health.wrong_signs,
@@ -334,7 +352,8 @@ def _fit_section(report: FitReport, frame: Frame) -> dict[str, Any]:
     }
 
 
-def _local_section(report: RefineReport, frame: Frame) -> dict[str, Any]:
+def local_section(report: RefineReport, frame: Frame) -> dict[str, Any]:
+    """What a report says of the second stage, in world units."""
     return {
         "cells_tried": report.tried,
         "cells_kept": report.kept,

@@ -9,16 +9,19 @@ whether the local network or the coarse one stands: where the points are noise, 
 is farther from the held-out ones.
 """
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from sdfserver.config import LocalConfig
-from sdfserver.errors import Stopped
+from sdfserver.errors import FieldFormatError, Stopped
+from sdfserver.files import reason
 from sdfserver.local import CellGrid, LocalLevel, LocalSirens, PartitionOfUnity, in_blocks
 from sdfserver.losses import distance_loss, eikonal_loss, normal_loss, surface_loss
 from sdfserver.sampling import Samples
@@ -117,6 +120,9 @@ class FittedCells:
     before: Tensor
     after: Tensor
     sound: Tensor
+
+
+_SAVED = ("cells", "held", "before", "after", "sound")
 
 
 class Refinement:
@@ -311,6 +317,8 @@ def _worth_it(coarse: Siren, members: _Members, floor: float) -> _Members:
 
 def _groups(members: _Members) -> Iterator[Tensor]:
     rows = torch.arange(len(members.cells), device=members.cells.device)
+    if not len(rows):
+        return
     yield from torch.split(rows, GROUP if rows.device.type == "cpu" else len(rows))
 
 
@@ -412,6 +420,36 @@ def _gains(verdict: _Verdict) -> Tensor:
     costs = [(x[:, 0], _relative(x, verdict.before)) for x in (verdict.before, verdict.after)]
     gains = [1 - after / before.clamp_min(1e-12) for before, after in zip(*costs, strict=True)]
     return torch.stack(gains, dim=1).nan_to_num(-1.0).clamp_min(-1.0)
+
+
+def saved_cells(found: list[FittedCells]) -> bytes:
+    """The cells as safetensors."""
+    from safetensors.torch import save
+
+    tensors: dict[str, Tensor] = {}
+    about = []
+    for i, part in enumerate(found):
+        about.append({"side": part.side, "planned": part.planned})
+        parts = {name: getattr(part, name) for name in _SAVED} | part.networks
+        tensors |= {f"{i}.{name}": value.contiguous().cpu() for name, value in parts.items()}
+    return save(tensors, metadata={"cells": json.dumps(about)})
+
+
+def loaded_cells(path: Path, device: torch.device) -> list[FittedCells]:
+    """What `saved_cells` gave, from a file. Raises FieldFormatError where it is not that."""
+    from safetensors import SafetensorError, safe_open
+
+    found = []
+    try:
+        with safe_open(str(path), framework="pt", device=str(device)) as file:
+            for i, about in enumerate(json.loads(file.metadata()["cells"])):
+                names = [name for name in file.keys() if name.startswith(f"{i}.")]  # noqa: SIM118 - not a mapping
+                tensors = {name.removeprefix(f"{i}."): file.get_tensor(name) for name in names}
+                saved = {name: tensors.pop(name) for name in _SAVED}
+                found.append(FittedCells(**about, **saved, networks=tensors))
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise FieldFormatError(f"{path} holds no cells of a tile: {reason(error)}") from error
+    return found
 
 
 def _verdict_of(part: FittedCells) -> _Verdict:

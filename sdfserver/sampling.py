@@ -104,7 +104,7 @@ def draw_samples(cloud_unit: PointCloud, config: PoolConfig, rng: np.random.Gene
         samples,
         whole_points=_tensor(points),
         whole_normals=_tensor(normals),
-        noise=estimate_noise(patches.points, _normals_of(patches), cKDTree(patches.points), rng),
+        noise=noise_of(patches, rng),
     )
 
 
@@ -162,6 +162,11 @@ class Patches:
 def sketch_rows(n: int, rng: np.random.Generator) -> NDArray[np.int64]:
     """Which of n points stand for all: every one of a cloud that is not large, else some drawn at random."""
     return np.arange(n) if n <= SKETCH else np.sort(rng.permutation(n)[:SKETCH])
+
+
+def noise_of(cloud: PointCloud, rng: np.random.Generator) -> float:
+    """As estimate_noise, of an oriented cloud whose tree is of no other use."""
+    return estimate_noise(cloud.points, _normals_of(cloud), cKDTree(cloud.points), rng)
 
 
 def estimate_noise(

@@ -44,6 +44,11 @@ def point_areas(points: NDArray[np.float64], tree: cKDTree) -> NDArray[np.float6
     return areas
 
 
+def spacing_of(points: NDArray[np.float64]) -> float:
+    """The mean distance between neighbouring ones of `points` (n, 3)."""
+    return mean_spacing(point_areas(points, cKDTree(points)))
+
+
 def mean_spacing(areas: NDArray[np.float64]) -> float:
     """The mean distance between neighbouring points that stand for `areas` (n,)."""
     return math.sqrt(areas.mean())

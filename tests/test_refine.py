@@ -19,8 +19,8 @@ from sdfserver.sampling import Samples, draw_samples
 from sdfserver.siren import Siren
 
 COARSE = NetworkConfig(hidden=48, layers=3, omega=10.0)
-STAGE_ONE = FitConfig(steps=300, learning_rate=2e-3, batch_surface=400, batch_space=400, pool=PoolConfig(size=5000))
-LOCAL = LocalConfig(points_per_cell=80, steps=120, pool=64, batch_space=16)
+STAGE_ONE = FitConfig(steps=200, learning_rate=2e-3, batch_surface=300, batch_space=300, pool=PoolConfig(size=3000))
+LOCAL = LocalConfig(points_per_cell=80, steps=80, pool=64, batch_space=16)
 CPU = torch.device("cpu")
 
 
@@ -38,7 +38,7 @@ def run(cloud: PointCloud, local: LocalConfig | None = LOCAL, **options: object)
 
 @pytest.fixture(scope="module")
 def clean() -> PointCloud:
-    return rippled_sphere(12_000)
+    return rippled_sphere(8000)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_local_networks_draw_no_sheets_of_their_own(clean: PointCloud, coarse: S
 
 
 def test_noise_gets_no_networks(coarse: Siren) -> None:
-    noisy = rippled_sphere(12_000, height=0.0, noise=0.02)
+    noisy = rippled_sphere(8000, height=0.0, noise=0.02)
     network, report = run(noisy)
     assert isinstance(network, Siren)
     assert report.local is not None

@@ -3,8 +3,10 @@
 import io
 import re
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -324,3 +326,32 @@ def _cut(element: _Element) -> CloudFormatError:
         f"it ends within the {element.count} rows of element '{printable(element.name)}' that its header promises; "
         "it is truncated or corrupt: export or copy it again"
     )
+
+
+def ply_chunks(path: Path, rows: int) -> Iterator[PointCloud] | None:
+    """The vertices of a binary PLY and their normals, `rows` at a time, read as they are asked for.
+
+    None where the file has to be read as a whole: text, lists among the vertices, or anything before them.
+    """
+    with path.open("rb") as stream:
+        head = stream.read(_MAX_HEADER)
+    elements, encoding, offset = _ply_header(head)
+    vertex = elements[0] if elements else None
+    if encoding == "ascii" or vertex is None or vertex.name != "vertex" or vertex.has_lists() or not vertex.count:
+        return None
+    scalars = [item.name for item in vertex.properties]
+    points_at, normals_at = named_columns(scalars)
+    row = np.dtype([(item.name, encoding + item.type) for item in vertex.properties])
+    room = (path.stat().st_size - offset) // row.itemsize
+    if room < vertex.count:
+        raise broken_promise(vertex.count, room, "'vertex' rows")
+
+    def chunks() -> Iterator[PointCloud]:
+        for start in range(0, vertex.count, rows):
+            count = min(rows, vertex.count - start)
+            part = np.fromfile(path, row, count, offset=offset + start * row.itemsize)
+            points = _as_columns([part[scalars[i]] for i in points_at])
+            normals = _as_columns([part[scalars[i]] for i in normals_at]) if normals_at else None
+            yield cloud_of(points, normals)
+
+    return chunks()
