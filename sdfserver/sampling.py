@@ -26,6 +26,10 @@ FULL_GUESS = 0.4
 HELD_SHARE, MIN_HELD_POINTS, MAX_HELD_POINTS = 0.02, 5, 2000
 """Points of the cloud, and samples of the pool, that are held out of the fit."""
 NOISE_NEIGHBOURS, NOISE_POINTS = 24, 4000
+HERMITE_NEIGHBOURS, HERMITE_SHARE = 8, 0.8
+"""Of a scan's noise, what is seen between nearest neighbours: it is alike there, and so are the normals."""
+MEDIAN_OF_NORMAL = 0.6745
+"""Median |x| of a normal distribution with a standard deviation of 1."""
 SKETCH = 300_000
 """Points of a larger cloud, drawn from it, that stand for it where the nearest point is looked for."""
 PATCHES, PATCH_REACH = 200, 6
@@ -174,8 +178,11 @@ def estimate_noise(
 ) -> float:
     """The standard deviation of the points along their normals, in the units of `points`.
 
-    The median over a few thousand points of what is left of the 24 neighbours' heights over the tangent plane when
-    the best quadric is taken away. Creases and thin walls are few enough not to move a median.
+    The lesser of two estimates that are both too large where they err, over a few thousand points: creases and thin
+    walls are few enough not to move a median. One is what is left of the 24 neighbours' heights over the tangent plane
+    when the best quadric is taken away; it takes waves that are hardly longer than that for noise. The other is how
+    far the 8 nearest lie off the plane through the midpoint, across the mean of the two normals, which for any quadric
+    is nothing (Hermite interpolation); it takes errors of the normals for noise.
     """
     k = min(NOISE_NEIGHBOURS, len(points) - 1)
     rows = rng.permutation(len(points))[:NOISE_POINTS]
@@ -191,7 +198,11 @@ def estimate_noise(
     coefficients = np.linalg.solve(gram, np.einsum("nki,nk->ni", quadric, height)[..., None])
     residual = height - (quadric @ coefficients)[..., 0]
     degrees_of_freedom = max(1, k + 1 - 6)
-    return float(np.median(np.sqrt((residual**2).sum(axis=1) / degrees_of_freedom) * reach[:, 0]))
+    by_quadrics = np.median(np.sqrt((residual**2).sum(axis=1) / degrees_of_freedom) * reach[:, 0])
+    nearest = neighbours[:, 1 : 1 + HERMITE_NEIGHBOURS]
+    between = ((points[nearest] - points[rows, None]) * (normals[nearest] + normals[rows, None]) / 2).sum(axis=2)
+    by_normals = np.median(np.abs(between)) / (math.sqrt(2) * MEDIAN_OF_NORMAL * HERMITE_SHARE)
+    return float(min(by_quadrics, by_normals))
 
 
 def _space_pool(
