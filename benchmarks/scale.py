@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Seconds and memory against the number of points: large clouds, in memory and by tiles.
 
-    python benchmarks/scale.py [--cases terrain:1e6:tiles,room:1e6:memory] [--preset standard] [--json FILE] [--plot FILE]
+    python benchmarks/scale.py [--cases terrain:1e6:tiles,room:1e6:memory] [--preset NAME] [--json FILE] [--plot FILE]
 
 Makes each cloud, runs the whole command on it in a process of its own, and takes that process's peak memory. terrain is
 a height field of ten octaves, open at its sides; room is a furnished room, seen from inside; ripples a sphere with

@@ -210,7 +210,7 @@ def fit(
         losses=tell.losses,
         health=health,
         trusted_share=float(samples.pool.trusted.float().mean()),
-        noise=samples.noise,
+        noise=samples.noise.least,
         omega=network.omega,
         low_precision_steps=sum(_low_precision_steps(leg, device) for leg in legs[: tell.legs]),
         local=refined,
@@ -228,7 +228,7 @@ def _plan(samples: Samples, config: FitConfig, local: LocalConfig | None) -> tup
     leaves = plan_cells(samples.points, samples.spacings, local, of=len(samples.whole_points))
     cells = sum(len(found) for _, found in leaves)
     typical = max(leaves, key=lambda leaf: len(leaf[1]))[0].side
-    if samples.noise > local.clean_unit or typical < local.clean_side or config.steps < 2:
+    if samples.noise.least > local.clean_unit or typical < local.clean_side or config.steps < 2:
         return [config], cells
     short = shortened(config, local)
     rest = replace(
@@ -300,7 +300,7 @@ def _descend(
     device = samples.points.device
     optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, betas=(0.9, config.beta2))
     low_precision_steps = _low_precision_steps(config, device)
-    weights = config.weights_for(samples.noise)
+    weights = config.weights_for(samples.noise.by_quadrics)
     state = _State(model, optimizer)
     restarts: list[str] = []
     state.save()

@@ -85,12 +85,12 @@ def write_picture(mesh: TriangleMesh, path: str | os.PathLike[str]) -> None:
         Image.fromarray(picture(mesh)).save(stream, "PNG", optimize=True)
 
 
-def picture(mesh: TriangleMesh) -> NDArray[np.uint8]:
-    """The mesh standing, seen from the front, above and a little from the side: (PICTURE_PX, PICTURE_PX, 4), RGBA.
+def picture(mesh: TriangleMesh, px: int = PICTURE_PX) -> NDArray[np.uint8]:
+    """The mesh standing, seen from the front, above and a little from the side: (px, px, 4), RGBA.
 
     Samples of the surface, the nearest of each pixel, shaded by its normal. Twice as large first, for smooth borders.
     """
-    size = 2 * PICTURE_PX
+    size = 2 * px
     points, normals = sample_surface(mesh, _SAMPLES_PER_PIXEL * size**2, np.random.default_rng(0))
     if _up(points, normals) == 1:
         points, normals = points[:, [0, 2, 1]] * [1, -1, 1], normals[:, [0, 2, 1]] * [1, -1, 1]
@@ -109,7 +109,7 @@ def picture(mesh: TriangleMesh) -> NDArray[np.uint8]:
     shade[pixel[front]] = 0.35 + 0.65 * np.clip(normals[front] @ light, 0, 1)
     # Where no sample of the front fell, the back shows through: the median takes such specks away.
     shade = median_filter(shade.reshape(size, size), 3)
-    blocks = shade.reshape(PICTURE_PX, 2, PICTURE_PX, 2).swapaxes(1, 2).reshape(PICTURE_PX, PICTURE_PX, 4)
+    blocks = shade.reshape(px, 2, px, 2).swapaxes(1, 2).reshape(px, px, 4)
     cover = (blocks > 0).sum(axis=2, keepdims=True)
     color = _COLOR * blocks.sum(axis=2, keepdims=True) / np.maximum(cover, 1)
     return np.concatenate([color, 255 / 4 * cover], axis=2).round().astype(np.uint8)

@@ -244,7 +244,7 @@ def refine(
 
     As Refinement, for a cloud in one piece.
     """
-    refinement = Refinement(coarse, samples.noise, config, seed=seed)
+    refinement = Refinement(coarse, samples.noise.least, config, seed=seed)
     leaves = plan_cells(samples.points, samples.spacings, config, of=len(samples.whole_points))
     return refinement.join(
         refinement.fit(

@@ -36,6 +36,25 @@ PATCHES, PATCH_REACH = 200, 6
 """Where the noise of a larger cloud is looked for: around so many points, as far as so many spacings."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Noise:
+    """Two estimates of how far the points scatter along their normals, both too large where they err."""
+
+    by_quadrics: float
+    """Takes waves that are not much longer than the way to two dozen neighbours for noise; so does a coarse network."""
+    by_normals: float
+    """Takes errors of the normals for noise."""
+
+    @property
+    def least(self) -> float:
+        """What neither explains otherwise."""
+        return min(self.by_quadrics, self.by_normals)
+
+    def scaled(self, factor: float) -> "Noise":
+        """The same in other units."""
+        return Noise(by_quadrics=self.by_quadrics * factor, by_normals=self.by_normals * factor)
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class SpacePool:
     """Samples in the cube [-1, 1]^3.
@@ -85,7 +104,7 @@ class Samples:
     pool: SpacePool
     held_pool: SpacePool
     spacing: float
-    noise: float
+    noise: "Noise"
 
     def to(self, device: torch.device) -> "Samples":
         """The same samples on `device`."""
@@ -168,21 +187,20 @@ def sketch_rows(n: int, rng: np.random.Generator) -> NDArray[np.int64]:
     return np.arange(n) if n <= SKETCH else np.sort(rng.permutation(n)[:SKETCH])
 
 
-def noise_of(cloud: PointCloud, rng: np.random.Generator) -> float:
+def noise_of(cloud: PointCloud, rng: np.random.Generator) -> Noise:
     """As estimate_noise, of an oriented cloud whose tree is of no other use."""
     return estimate_noise(cloud.points, _normals_of(cloud), cKDTree(cloud.points), rng)
 
 
 def estimate_noise(
     points: NDArray[np.float64], normals: NDArray[np.float64], tree: cKDTree, rng: np.random.Generator
-) -> float:
+) -> Noise:
     """The standard deviation of the points along their normals, in the units of `points`.
 
-    The lesser of two estimates that are both too large where they err, over a few thousand points: creases and thin
-    walls are few enough not to move a median. One is what is left of the 24 neighbours' heights over the tangent plane
-    when the best quadric is taken away; it takes waves that are hardly longer than that for noise. The other is how
-    far the 8 nearest lie off the plane through the midpoint, across the mean of the two normals, which for any quadric
-    is nothing (Hermite interpolation); it takes errors of the normals for noise.
+    Medians over a few thousand points: creases and thin walls are few enough not to move them. By quadrics: what is
+    left of the 24 neighbours' heights over the tangent plane when the best quadric is taken away. By normals: how far
+    the 8 nearest lie off the plane through the midpoint across the mean of the two normals, which for any quadric is
+    nothing (Hermite interpolation).
     """
     k = min(NOISE_NEIGHBOURS, len(points) - 1)
     rows = rng.permutation(len(points))[:NOISE_POINTS]
@@ -198,11 +216,11 @@ def estimate_noise(
     coefficients = np.linalg.solve(gram, np.einsum("nki,nk->ni", quadric, height)[..., None])
     residual = height - (quadric @ coefficients)[..., 0]
     degrees_of_freedom = max(1, k + 1 - 6)
-    by_quadrics = np.median(np.sqrt((residual**2).sum(axis=1) / degrees_of_freedom) * reach[:, 0])
+    by_quadrics = float(np.median(np.sqrt((residual**2).sum(axis=1) / degrees_of_freedom) * reach[:, 0]))
     nearest = neighbours[:, 1 : 1 + HERMITE_NEIGHBOURS]
     between = ((points[nearest] - points[rows, None]) * (normals[nearest] + normals[rows, None]) / 2).sum(axis=2)
     by_normals = np.median(np.abs(between)) / (math.sqrt(2) * MEDIAN_OF_NORMAL * HERMITE_SHARE)
-    return float(min(by_quadrics, by_normals))
+    return Noise(by_quadrics=by_quadrics, by_normals=float(by_normals))
 
 
 def _space_pool(

@@ -44,7 +44,7 @@ from sdfserver.reconstruct import (
     start_report,
 )
 from sdfserver.refine import FittedCells, Refinement, loaded_cells, plan_cells, saved_cells
-from sdfserver.sampling import Patches, Samples, noise_of, sketch_rows, sketch_samples
+from sdfserver.sampling import Noise, Patches, Samples, noise_of, sketch_rows, sketch_samples
 from sdfserver.siren import Siren
 from sdfserver.winding import spacing_of
 
@@ -71,7 +71,7 @@ class _Survey:
     count: int
     sketch: PointCloud
     frame: Frame
-    noise: float
+    noise: Noise
 
 
 def fit_tiles(
@@ -104,7 +104,7 @@ def fit_tiles(
         local = replace(local, most_cells=max(local.most_cells, survey.count // POINTS_PER_CELL))
         unit = PointCloud(points=survey.frame.to_unit(survey.sketch.points), normals=survey.sketch.normals)
         samples = sketch_samples(unit, PRESETS[preset].fit.pool, np.random.default_rng(seed), of=survey.count)
-        samples = replace(samples, noise=survey.noise * survey.frame.scale)
+        samples = replace(samples, noise=survey.noise.scaled(survey.frame.scale))
     with clock.running("fit"):
         coarse, about = _coarse(
             work, unit, samples, preset, local, survey.frame, torch_device, seed, clock, should_stop
@@ -112,7 +112,7 @@ def fit_tiles(
         leaves = plan_cells(samples.points, samples.spacings, local, of=survey.count)
         tiles = _tiles(leaves, survey.count, tile_points)
         _sort(work, path, survey.frame, tiles, clock, should_stop)
-        refinement = Refinement(coarse, samples.noise, local, seed=seed)
+        refinement = Refinement(coarse, samples.noise.least, local, seed=seed)
         found = list(_fit_each(work, refinement, tiles, torch_device, clock, should_stop))
         network, refined = refinement.join(found)
         for tile in tiles.parts:
@@ -212,7 +212,7 @@ def _survey(work: _Folder, path: Path, seed: int) -> _Survey:
                 count=int(saved["count"]),
                 sketch=PointCloud(points=saved["points"], normals=saved["normals"]),
                 frame=Frame(center=saved["center"], scale=float(saved["scale"])),
-                noise=float(saved["noise"]),
+                noise=Noise(by_quadrics=float(saved["noise"][0]), by_normals=float(saved["noise"][1])),
             )
     count = sum(len(checked(chunk).points) for chunk in stream_cloud(path))
     rng = np.random.default_rng(seed)
@@ -238,7 +238,7 @@ def _survey(work: _Folder, path: Path, seed: int) -> _Survey:
         np.savez(
             stream,
             count=count,
-            noise=survey.noise,
+            noise=[survey.noise.by_quadrics, survey.noise.by_normals],
             center=frame.center,
             scale=frame.scale,
             points=sketch.points,
@@ -262,7 +262,7 @@ def _coarse(
     """The coarse network, fitted to the sketch or found in the folder, and what the report says of it."""
     if not work.has(COARSE_ABOUT):
         config = PRESETS[preset].fit
-        if samples.noise < local.clean_unit:
+        if samples.noise.least < local.clean_unit:
             config = shortened(config, local)
 
         def tell(progress: FitProgress) -> None:

@@ -126,6 +126,25 @@ def test_every_option_reaches_the_fit(fit: Fit, knot: str, tmp_path: Path) -> No
     assert (mesh.min_component_share, mesh.target_faces) == (0.1, 9)
 
 
+def test_an_automatic_resolution_can_be_asked_for(fit: Fit, knot: str, tmp_path: Path) -> None:
+    assert cli.main(["reconstruct", knot, "-o", str(tmp_path / "a.ply"), "--resolution", "auto"]) == 0
+    assert fit.options["mesh"].resolution == "auto"
+
+
+def test_a_work_dir_has_the_cloud_fitted_by_tiles(
+    fit: Fit, knot: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tiles(path: Path, folder: Path, **options: Any) -> SimpleNamespace:
+        assert (path, folder) == (Path(knot), tmp_path / "work")
+        return fit(read_cloud(path), **options)
+
+    monkeypatch.setattr("sdfserver.tiles.reconstruct_tiles", tiles)
+    command = ["reconstruct", knot, "-o", str(tmp_path / "a.ply"), "--work-dir", str(tmp_path / "work"), "--seed", "3"]
+    assert cli.main(command) == 0
+    assert fit.options["seed"] == 3
+    assert (tmp_path / "a.ply").exists()
+
+
 @pytest.mark.parametrize("extension", ["ply", "obj", "stl", "glb", "off"])
 def test_the_extension_decides_the_format(fit: Fit, knot: str, tmp_path: Path, extension: str) -> None:
     mesh = tmp_path / f"mesh.{extension}"
@@ -219,6 +238,8 @@ def test_outliers_are_removed_and_counted(
         (["reconstruct", "{knot}", "-o", "{out}", "--seed", "9223372036854775808"], "below 2^63"),
         (["reconstruct", "{knot}", "-o", "{out}", "--seed", "one"], "--seed"),
         (["reconstruct", "{knot}", "-o", "{out}", "--resolution", "4"], "resolution is 4; it must be 8 to"),
+        (["reconstruct", "{knot}", "-o", "{out}", "--resolution", "fine"], "'fine' is neither a whole number nor auto"),
+        (["reconstruct", "{knot}", "-o", "{out}", "--work-dir", "w", "--remove-outliers"], "--work-dir"),
         (["reconstruct", "{knot}", "-o", "{out}", "--level", "nan"], "level is nan"),
         (["reconstruct", "{knot}", "-o", "{out}", "--trim", "0"], "trim distance is 0.0"),
         (["reconstruct", "{knot}", "-o", "{out}", "--min-component", "2"], "2.0; it must be 0 to 1"),

@@ -76,6 +76,29 @@ def test_local_networks_draw_no_sheets_of_their_own(clean: PointCloud, coarse: S
     assert (expected[off] * found[off] > 0).all()
 
 
+def test_normals_turn_no_faster_at_the_borders_of_cells_than_elsewhere(clean: PointCloud, coarse: Siren) -> None:
+    """No seam: over a fiftieth of a cell's width the direction of the gradient changes as it does inside cells."""
+    fitted, _ = refine(coarse, samples_of(clean), LOCAL)
+    assert isinstance(fitted, PartitionOfUnity)
+    (grid,) = {level.grid for level in fitted.levels}
+    surface = torch.tensor(unit(rippled_sphere(20_000, seed=5)).points, dtype=torch.float32)
+
+    def turns(x: torch.Tensor) -> torch.Tensor:
+        step = grid.width / 50
+        ahead, behind = (
+            torch.nn.functional.normalize(fitted.value_and_gradient(x + torch.tensor([s * step, 0, 0]))[1], dim=1)
+            for s in (0.5, -0.5)
+        )
+        return (ahead - behind).norm(dim=1)
+
+    across = ((surface[:, 0] + 1) / grid.width + 0.5).frac() - 0.5  # from the nearest border, in widths
+    edge = grid.margin / 2
+    at_border = (across.abs() < 0.02) | ((across.abs() - edge).abs() < 0.02)
+    inside = across.abs() > edge + 0.1
+    for share in (0.5, 0.95, 0.99):
+        assert turns(surface[at_border]).quantile(share) < 1.6 * turns(surface[inside]).quantile(share)
+
+
 def test_noise_gets_no_networks(coarse: Siren) -> None:
     noisy = rippled_sphere(8000, height=0.0, noise=0.02)
     network, report = run(noisy)

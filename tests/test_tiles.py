@@ -1,5 +1,9 @@
 """Clouds by tiles: one surface, streamed, watertight across tiles, and gone on with where it was broken off."""
 
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -102,6 +106,33 @@ def test_a_broken_off_fit_goes_on_with_the_next_tile(file: Path, tmp_path: Path)
     assert {name: (work / name).stat().st_mtime_ns for name in kept} == {name: before[name] for name in kept}
     assert torch.equal(state(again), state(whole))
     assert not list(work.glob("points-*"))
+
+
+def test_a_killed_fit_goes_on_with_the_next_tile(file: Path, tmp_path: Path) -> None:
+    """A real SIGKILL in the middle of the third tile, and the same networks in the end."""
+    whole = run(file, tmp_path / "whole")
+    program = """
+import os, signal, sys
+from pathlib import Path
+import test_tiles
+test_tiles.tiles_module.PRESETS = {**test_tiles.PRESETS, "small": test_tiles.SMALL}
+test_tiles.sampling_module.SKETCH = 4000
+file, work = map(Path, sys.argv[1:])
+asked = 0
+def die():
+    global asked
+    asked += len(list(work.glob("cells-*"))) == 2
+    if asked == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return False
+test_tiles.run(file, work, should_stop=die)
+"""
+    command = [sys.executable, "-c", program, str(file), str(tmp_path / "work")]
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    killed = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert len(list((tmp_path / "work").glob("cells-*"))) == 2
+    assert torch.equal(state(run(file, tmp_path / "work")), state(whole))
 
 
 def test_points_half_sorted_are_sorted_again(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

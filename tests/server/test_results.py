@@ -180,6 +180,15 @@ def test_another_mesh_is_made_without_another_fit(served: Served) -> None:
     assert served.api.get(served.job["links"]["mesh"]).status_code == 200
 
 
+def test_an_automatic_resolution_stays_within_the_server_s(served: Served) -> None:
+    """The server's limit is 128, the field's detail 256."""
+    answer = served.api.post(served.job["links"]["meshes"], json={"resolution": "auto"})
+    assert answer.status_code == 202, answer.text
+    child = wait(served, answer.headers["location"])
+    assert served.api.get(child["links"]["report"]).json()["mesh"]["resolution"] == 128
+    assert served.api.delete(child["links"]["self"]).status_code == 204
+
+
 def test_a_level_outside_the_field_fails_with_the_reason(served: Served) -> None:
     answer = served.api.post(served.job["links"]["meshes"], json={"resolution": 16, "level": 1e6})
     child = wait(served, answer.headers["location"])

@@ -80,7 +80,7 @@ window.addEventListener("drop", (event) => {
 function wanted() {
   const values = valuesOf($("more-options"));
   values.preset = document.querySelector("input[name=preset]:checked").value;
-  if ($("resolution").value) values.resolution = resolutionOf($("resolution").value);
+  if ($("resolution").value) values.resolution = Number($("resolution").value);
   if ($("device").value !== "auto") values.device = $("device").value;
   if ($("estimate").checked || values.viewpoint) values.normals = "estimate";
   return values;
@@ -186,13 +186,9 @@ function showOptions() {
   $("again-options").replaceChildren(...fieldsOf(options.mesh_options, "again", { skip: ["priority"] }));
 }
 
-function resolutionOf(text) {
-  return text === "auto" ? text : Number(text);
-}
-
 function showResolutions() {
   const preset = document.querySelector("input[name=preset]:checked").value, before = $("resolution").value;
-  const choices = ["auto", 64, 128, 256, 512, 1024, 2048].filter((value) => value === "auto" || value <= options.limits.resolution);
+  const choices = [64, 128, 256, 512, 1024, 2048].filter((value) => value <= options.limits.resolution);
   $("resolution").replaceChildren(
     new Option(`${options.presets[preset].resolution} (preset)`, ""), ...choices.map((value) => new Option(value, value)));
   $("resolution").value = before;
