@@ -231,14 +231,14 @@ class LocalConfig:
     """Points of the cloud in a step, for each cell."""
     batch_space: int = 32
     """Samples of the pool in a step, for each cell."""
-    pool: int = 256
-    """Samples of the space in each cell, at which the coarse field is asked once."""
+    pool: int = 512
+    """Samples of the space in each cell, at which the coarse field is asked once; a quarter is held out of the fit."""
     learning_rate: float = 6e-3
     """Of Adam, at its height; it rises and falls as the coarse fit's."""
     beta2: float = 0.99
     warm_up_share: float = 0.08
     weights: LossWeights = field(
-        default_factory=lambda: LossWeights(surface=600.0, normal=240.0, eikonal=5.0, distance=20.0)
+        default_factory=lambda: LossWeights(surface=600.0, normal=240.0, eikonal=5.0, distance=150.0)
     )
     reference_noise: float = 1.2e-3
     """Noise up to which `weights` hold; above it the surface and normal weights go as its inverse."""
@@ -275,8 +275,8 @@ class LocalConfig:
             _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
         _require(self.finest_side <= 1024, f"finest_side is {self.finest_side}; it must be at most 1024")
         _require(
-            self.pool >= self.batch_space and self.pool % self.batch_space == 0,
-            f"pool is {self.pool}; it must be a multiple of batch_space, {self.batch_space}",
+            self.pool > 0 and self.pool % (4 * self.batch_space) == 0,
+            f"pool is {self.pool}; it must be a multiple of four times batch_space, {self.batch_space}",
         )
         for name in ("held_share", "coarse_share", "least_kept"):
             _require(0 < getattr(self, name) < 1, f"{name} is {getattr(self, name)}; it must be between 0 and 1")

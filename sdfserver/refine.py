@@ -36,9 +36,10 @@ MAX_HELD = 48
 """Held-out points of a cell."""
 PRIOR = 8
 """A cell is judged by its held-out points and by this many that are like the average of all cells."""
-MAX_WRONG_SIGNS = 0.02
-"""Share of a cell's samples clearly off the surface that may have the other sign than the coarse field there."""
-CLEARLY_OFF = 0.05
+MAX_WRONG_SIGNS = 0.005
+"""Share of a cell's held-out samples of the space, clearly off the surface, that may have the other sign than the
+coarse field: none of a hundred. A sheet of its own takes one in a hundred at least."""
+CLEARLY_OFF = 0.1
 """Distance from zero, in H, from which on the sign of the coarse field is not doubted."""
 LATE, SETTLED = 0.3, 0.01
 """Below this share of the highest learning rate a fit stops when its held-out cost falls by less than that share from
@@ -354,6 +355,7 @@ def _fit_cells(
     rows = members.rows[place]
     data = torch.cat([(members.points[rows] - centres[member]) / grid.half, members.normals[rows]], dim=1)
     count = members.count - members.held
+    fitted_to = config.pool - config.pool // 4
     optimizer = torch.optim.Adam(
         sirens.parameters(), lr=config.learning_rate, betas=(0.9, config.beta2), fused=device.type == "cpu"
     )
@@ -364,7 +366,7 @@ def _fit_cells(
         for group in optimizer.param_groups:
             group["lr"] = config.rate(step)
         batch = data[first + (step * n + torch.arange(n, device=device)) % count[:, None]]
-        part = slice(step * m % config.pool, step * m % config.pool + m)
+        part = slice(step * m % fitted_to, step * m % fitted_to + m)
         phi, gradient = sirens.value_and_gradient(torch.cat([batch[..., :3], space[:, part]], dim=1))
         terms = {
             "surface": surface_loss(phi[:, :n]),
@@ -383,8 +385,9 @@ def _fit_cells(
             last_cost = cost
     after = misfit()
     with torch.no_grad():
-        clearly = target.abs() > torch.maximum(2 * doubt, torch.tensor(CLEARLY_OFF, device=device))
-        wrong = ((sirens(space) * target < 0) & clearly).float().mean(dim=1)
+        held_target = target[:, fitted_to:]
+        clearly = held_target.abs() > (2 * doubt).clamp_min(CLEARLY_OFF)
+        wrong = ((sirens(space[:, fitted_to:]) * held_target < 0) & clearly).float().mean(dim=1)
     sound = torch.isfinite(after).all(dim=1) & (wrong <= MAX_WRONG_SIGNS)
     return sirens.requires_grad_(False), _Verdict(held=members.held.float(), before=before, after=after, sound=sound)
 

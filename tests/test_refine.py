@@ -20,7 +20,7 @@ from sdfserver.siren import Siren
 
 COARSE = NetworkConfig(hidden=48, layers=3, omega=10.0)
 STAGE_ONE = FitConfig(steps=200, learning_rate=2e-3, batch_surface=300, batch_space=300, pool=PoolConfig(size=3000))
-LOCAL = LocalConfig(points_per_cell=80, steps=80, pool=64, batch_space=16)
+LOCAL = LocalConfig(points_per_cell=80, steps=80, pool=128, batch_space=16)
 CPU = torch.device("cpu")
 
 

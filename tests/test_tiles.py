@@ -28,7 +28,7 @@ SMALL = Preset(
     summary="for tests",
     network=NetworkConfig(hidden=48, layers=3, omega=10.0),
     fit=FitConfig(steps=150, learning_rate=2e-3, batch_surface=300, batch_space=300, pool=PoolConfig(size=3000)),
-    local=LocalConfig(points_per_cell=80, most_cells=250, steps=50, pool=64, batch_space=16),
+    local=LocalConfig(points_per_cell=80, most_cells=250, steps=50, pool=128, batch_space=16),
     mesh=MeshConfig(resolution=64),
 )
 TILE = 3000
