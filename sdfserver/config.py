@@ -248,6 +248,8 @@ class LocalConfig:
     """Share of each cell's points that are held out of its fit, to judge it by."""
     trusted_distance: float = 0.02
     """The coarse field is a target where it is farther than this from zero."""
+    slack: float = 0.3
+    """Share of its value by which it may be wrong there: at creases it is, and a sheet of its own is off by the whole."""
     worth: float = 1.3
     """A cell is tried where the points are this many times farther from the coarse surface than their noise."""
     least_kept: float = 0.25

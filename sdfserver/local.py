@@ -208,12 +208,6 @@ class LocalLevel(nn.Module):
         """That of each network."""
         return self.sirens.config
 
-    def keep(self, rows: Tensor) -> "LocalLevel":
-        """The level with the networks in `rows` (m,) alone, ascending."""
-        sirens = LocalSirens(len(rows), self.sirens.config)
-        sirens.load_state_dict({name: value[rows] for name, value in self.sirens.state_dict().items()})
-        return LocalLevel(self.cells[rows], sirens.to(self.sirens.linear)).requires_grad_(False)
-
     def value(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """W (n,) and the sum of w f (n,) at x (n, 3)."""
         points, networks, u = self._pairs(x)

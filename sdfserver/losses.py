@@ -45,6 +45,10 @@ def signed_off_surface_loss(phi: Tensor, sign: Tensor, trusted: Tensor, *, alpha
     return torch.where(trusted, term, untrusted * term).mean()
 
 
-def distance_loss(phi: Tensor, signed_distance: Tensor, known: Tensor) -> Tensor:
-    """Mean over all samples of |phi - d| where the signed distance d to the cloud is `known` (n,) bool, else 0."""
-    return torch.where(known, (phi - signed_distance).abs(), 0).mean()
+def distance_loss(phi: Tensor, signed_distance: Tensor, known: Tensor, slack: float = 0.0) -> Tensor:
+    """Mean over all samples of |phi - d| where the signed distance d to the cloud is `known` (n,) bool, else 0.
+
+    With `slack`, of what |phi - d| exceeds that share of |d| by.
+    """
+    excess = (phi - signed_distance).abs() - slack * signed_distance.abs()
+    return torch.where(known, excess.clamp_min(0), 0).mean()

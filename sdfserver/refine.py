@@ -39,7 +39,7 @@ PRIOR = 8
 MAX_WRONG_SIGNS = 0.005
 """Share of a cell's held-out samples of the space, clearly off the surface, that may have the other sign than the
 coarse field: none of a hundred. A sheet of its own takes one in a hundred at least."""
-CLEARLY_OFF = 0.1
+CLEARLY_OFF = 0.25
 """Distance from zero, in H, from which on the sign of the coarse field is not doubted."""
 LATE, SETTLED = 0.3, 0.01
 """Below this share of the highest learning rate a fit stops when its held-out cost falls by less than that share from
@@ -356,9 +356,7 @@ def _fit_cells(
     data = torch.cat([(members.points[rows] - centres[member]) / grid.half, members.normals[rows]], dim=1)
     count = members.count - members.held
     fitted_to = config.pool - config.pool // 4
-    optimizer = torch.optim.Adam(
-        sirens.parameters(), lr=config.learning_rate, betas=(0.9, config.beta2), fused=device.type == "cpu"
-    )
+    optimizer = torch.optim.Adam(sirens.parameters(), lr=config.learning_rate, betas=(0.9, config.beta2), fused=True)
     first, n, m, last_cost = (count.cumsum(0) - count)[:, None], config.batch_surface, config.batch_space, math.inf
     for step in range(config.steps):
         if should_stop():
@@ -372,7 +370,7 @@ def _fit_cells(
             "surface": surface_loss(phi[:, :n]),
             "normal": normal_loss(gradient[:, :n], batch[..., 3:]),
             "eikonal": eikonal_loss(gradient),
-            "distance": distance_loss(phi[:, n:], target[:, part], (target.abs() > doubt)[:, part]),
+            "distance": distance_loss(phi[:, n:], target[:, part], (target.abs() > doubt)[:, part], config.slack),
         }
         optimizer.zero_grad(set_to_none=True)
         # Times k: a sum over the cells, so that none feels how many there are.

@@ -136,17 +136,6 @@ def test_how_many_are_asked_at_once_does_not_matter(partition: PartitionOfUnity)
     torch.testing.assert_close(partition(x), alone, rtol=1e-12, atol=1e-12)
 
 
-def test_a_level_of_some_networks_leaves_the_rest_to_the_coarse_one(partition: PartitionOfUnity) -> None:
-    whole = partition.levels[1]
-    some = whole.keep(torch.arange(0, len(whole.cells), 2))
-    x = spread(500)
-    total, value = some.value(x)
-    assert float(total.max()) <= 1 + 1e-9
-    assert float(total.min()) == 0
-    assert len(some.cells) == len(some.sirens) == (len(whole.cells) + 1) // 2
-    assert torch.isfinite(value).all()
-
-
 def test_the_detail_follows_the_level_with_most_networks() -> None:
     coarse = Siren(NetworkConfig(hidden=4, layers=1))
     grid = CellGrid(20, SMALL.margin)
