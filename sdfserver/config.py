@@ -249,7 +249,7 @@ class LocalConfig:
     trusted_distance: float = 0.02
     """The coarse field is a target where it is farther than this from zero."""
     slack: float = 0.3
-    """Share of its value by which it may be wrong there: at creases it is, and a sheet of its own is off by the whole."""
+    """Share of its value by which it may be wrong there. At creases it is; a sheet where none is is off by the whole."""
     worth: float = 1.3
     """A cell is tried where the points are this many times farther from the coarse surface than their noise."""
     least_kept: float = 0.25
@@ -268,13 +268,14 @@ class LocalConfig:
             "points_per_cell",
             "most_cells",
             "finest_side",
-            "fewest_points",
             "steps",
             "batch_surface",
             "batch_space",
         )
         for name in counts:
             _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
+        _require(self.fewest_points >= 2, f"fewest_points is {self.fewest_points}; it must be at least 2")
+        _require(0 <= self.slack < 1, f"slack is {self.slack}; it must be in [0, 1)")
         _require(self.finest_side <= 1024, f"finest_side is {self.finest_side}; it must be at most 1024")
         _require(
             self.pool > 0 and self.pool % (4 * self.batch_space) == 0,

@@ -4,7 +4,16 @@ from typing import Any
 
 import pytest
 
-from sdfserver.config import PRESETS, FitConfig, LossWeights, MeshConfig, NetworkConfig, PoolConfig
+from sdfserver.config import (
+    PRESETS,
+    FitConfig,
+    LocalConfig,
+    LocalNetworkConfig,
+    LossWeights,
+    MeshConfig,
+    NetworkConfig,
+    PoolConfig,
+)
 from sdfserver.errors import ConfigError
 
 
@@ -20,6 +29,16 @@ from sdfserver.errors import ConfigError
         (FitConfig, {"warm_start_share": 2.0}),
         (FitConfig, {"noise_range": (2.0, 1.0)}),
         (FitConfig, {"omega_spacing": 0.0}),
+        (LocalConfig, {"points_per_cell": 0}),
+        (LocalConfig, {"fewest_points": 1}),
+        (LocalConfig, {"finest_side": 2000}),
+        (LocalConfig, {"pool": 100}),
+        (LocalConfig, {"held_share": 0.0}),
+        (LocalConfig, {"worth": -1.0}),
+        (LocalConfig, {"slack": 1.0}),
+        (LocalNetworkConfig, {"margin": 0.0}),
+        (LocalNetworkConfig, {"side": 0}),
+        (MeshConfig, {"auto_range": (4, 512)}),
         (MeshConfig, {"resolution": 4}),
         (MeshConfig, {"target_faces": 2}),
         (MeshConfig, {"level_world": float("inf")}),
