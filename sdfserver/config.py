@@ -249,7 +249,7 @@ class LocalConfig:
     trusted_distance: float = 0.02
     """The coarse field is a target where it is farther than this from zero."""
     slack: float = 0.3
-    """Share of its value by which it may be wrong there. At creases it is; a sheet where none is is off by the whole."""
+    """Share of its value by which it may be wrong there, as it is at creases; a false sheet is off by the whole."""
     worth: float = 1.3
     """A cell is tried where the points are this many times farther from the coarse surface than their noise."""
     least_kept: float = 0.25
