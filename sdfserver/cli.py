@@ -406,7 +406,7 @@ def submit(
         "normals": normals,
         "viewpoint": sensor,
         "remove_outliers": remove_outliers,
-        "resolution": resolution,
+        "resolution": None if resolution == "auto" else resolution,
         "level": level,
         "trim": trim,
         "min_component": min_component,

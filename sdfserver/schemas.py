@@ -48,8 +48,8 @@ class MeshOptions(_Model):
     """How the surface is taken out of the field."""
 
     resolution: Annotated[
-        Annotated[int, Field(ge=8, le=4096)] | Literal["auto"] | None,
-        Field(description="Cells of the grid along each side; auto, the presets' own, follows the field's detail."),
+        int | None,
+        Field(ge=8, le=4096, description="Cells of the grid along each side; by default by the field's detail."),
     ] = None
     level: Annotated[
         Finite, Field(description="Signed distance of the surface, in the cloud's units: above 0 is outside.")

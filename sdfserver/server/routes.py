@@ -380,8 +380,8 @@ def _quoted(error: Mapping[str, Any]) -> str:
 
 def check_limits(options: MeshOptions, preset: str, settings: Settings) -> None:
     """Raise ProblemError where the options ask for more than this server gives."""
-    resolution = options.resolution or PRESETS[preset].mesh.resolution
-    if resolution != "auto" and resolution > settings.max_resolution:
+    resolution = options.resolution
+    if resolution is not None and resolution > settings.max_resolution:
         raise ProblemError(
             "invalid", f"resolution is {resolution}; this server takes {settings.max_resolution} at most"
         )

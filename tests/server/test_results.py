@@ -182,7 +182,7 @@ def test_another_mesh_is_made_without_another_fit(served: Served) -> None:
 
 def test_an_automatic_resolution_stays_within_the_server_s(served: Served) -> None:
     """The server's limit is 128, the field's detail 256."""
-    answer = served.api.post(served.job["links"]["meshes"], json={"resolution": "auto"})
+    answer = served.api.post(served.job["links"]["meshes"], json={})
     assert answer.status_code == 202, answer.text
     child = wait(served, answer.headers["location"])
     assert served.api.get(child["links"]["report"]).json()["mesh"]["resolution"] == 128

@@ -211,9 +211,9 @@ def test_options_are_those_of_the_server_each_with_a_sentence(page: "Page", serv
         assert (
             page.locator(f"#job-{name}-note").inner_text() == options["job_options"]["properties"][name]["description"]
         )
-    assert page.locator("#resolution option").all_inner_texts() == ["256 (preset)", "64", "128", "256", "512"]
+    assert page.locator("#resolution option").all_inner_texts() == ["auto (preset)", "64", "128", "256", "512"]
     page.get_by_label(re.compile("^fine", re.IGNORECASE)).check(force=True)
-    assert page.locator("#resolution option").first.inner_text() == "512 (preset)"
+    assert page.locator("#resolution option").first.inner_text() == "auto (preset)"
 
 
 def test_a_mesh_is_made_again_and_the_list_keeps_both(page: "Page", server: Process, finished: str) -> None:
