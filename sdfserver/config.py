@@ -37,24 +37,22 @@ class NetworkConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LocalNetworkConfig:
+class LocalNetworkConfig(NetworkConfig):
     """Small SIRENs 3 -> hidden x layers -> 1, one on each of many overlapping cells."""
 
-    side: int = 16
-    """Cells along each side of the cube."""
-    margin: float = 0.2
-    """Overlap of neighbouring cells, as a share of their width."""
     hidden: int = 32
     layers: int = 2
     omega: float = 15.0
     """Factor inside every sine; a cell is 2 wide in its own coordinates."""
+    side: int = 16
+    """Cells along each side of the cube."""
+    margin: float = 0.2
+    """Overlap of neighbouring cells, as a share of their width."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(1 <= self.side <= 1024, f"side is {self.side}; it must be 1 to 1024")
         _require(0 < self.margin <= 1, f"margin is {self.margin}; it must be above 0 and at most 1")
-        _require(1 <= self.hidden <= 4096, f"hidden is {self.hidden}; it must be 1 to 4096")
-        _require(1 <= self.layers <= 32, f"layers is {self.layers}; it must be 1 to 32")
-        _require(0 < self.omega < math.inf, f"omega is {self.omega}; it must be positive")
 
 
 _ONE_SIDED = frozenset({"surface", "normal", "off_surface"})

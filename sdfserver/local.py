@@ -19,14 +19,13 @@ local network gives f / H at u, so that its gradient with respect to u is that o
 
 import math
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from sdfserver.config import LocalNetworkConfig, NetworkConfig
-from sdfserver.siren import Siren
+from sdfserver.siren import Siren, layers_of, uniform
 
 BLOCK = 64
 """Points of one cell that are evaluated together; a cell with fewer is padded to it."""
@@ -93,14 +92,12 @@ class LocalSirens(nn.Module):
     def __init__(self, k: int, config: LocalNetworkConfig, *, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.config = config
-        sizes = [3] + [config.hidden] * config.layers + [1]
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        for i, (fan_in, fan_out) in enumerate(pairwise(sizes)):
-            # As in Siren; the last layer is small, for the linear part to begin with.
-            bound = 1 / fan_in if i == 0 else math.sqrt(6 / fan_in) / config.omega
+        for i, (fan_in, fan_out, bound) in enumerate(layers_of(config)):
+            # The last layer is small, for the linear part to begin with.
             bound *= 0.1 if i == config.layers else 1.0
-            self.weights.append(_uniform((k, fan_in, fan_out), bound, generator))
-            self.biases.append(_uniform((k, 1, fan_out), 1 / math.sqrt(fan_in), generator))
+            self.weights.append(uniform((k, fan_in, fan_out), bound, generator))
+            self.biases.append(uniform((k, 1, fan_out), 1 / math.sqrt(fan_in), generator))
         self.linear = nn.Parameter(torch.zeros(k, 3, 1))
 
     def __len__(self) -> int:
@@ -128,10 +125,6 @@ class LocalSirens(nn.Module):
 
 def _pick(parameter: Tensor, rows: Tensor | None) -> Tensor:
     return parameter if rows is None else parameter[rows]
-
-
-def _uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator | None) -> nn.Parameter:
-    return nn.Parameter((torch.rand(shape, generator=generator) * 2 - 1) * bound)
 
 
 class _ValueAndGradient(torch.autograd.Function):

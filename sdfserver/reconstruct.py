@@ -166,7 +166,14 @@ def reconstruct(
         clock=clock,
         should_stop=should_stop,
     )
-    meshed = mesh_field(fitted.field, fitted.cloud, mesh or PRESETS[preset].mesh, clock=clock, should_stop=should_stop)
+    return reconstruction_of(fitted, mesh or PRESETS[preset].mesh, clock=clock, should_stop=should_stop)
+
+
+def reconstruction_of(
+    fitted: FittedField, mesh: MeshConfig, *, clock: Clock, should_stop: Callable[[], bool] | None
+) -> Reconstruction:
+    """What comes of a fitted field: its mesh is made, and the two halves of the report are joined."""
+    meshed = mesh_field(fitted.field, fitted.cloud, mesh, clock=clock, should_stop=should_stop)
     return Reconstruction(mesh=meshed.mesh, field=fitted.field, report=join_reports(fitted.report, meshed.report))
 
 

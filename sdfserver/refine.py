@@ -12,7 +12,7 @@ is farther from the held-out ones.
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -106,24 +106,21 @@ class _Verdict:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class FittedCells:
+class FittedCells(_Verdict):
     """Local networks of one level as their fit left them, with what is needed to judge them.
 
     planned: cells that had enough points, tried or not. cells: (k, 3) int64, those tried. networks: their parameters,
-    named as in LocalSirens. held, before, after, sound: as in _Verdict.
+    named as in LocalSirens.
     """
 
     side: int
     planned: int
     cells: Tensor
     networks: dict[str, Tensor]
-    held: Tensor
-    before: Tensor
-    after: Tensor
-    sound: Tensor
 
 
-_SAVED = ("cells", "held", "before", "after", "sound")
+_JUDGED = ("held", "before", "after", "sound")
+_SAVED = ("cells", *_JUDGED)
 
 
 class Refinement:
@@ -160,36 +157,30 @@ class Refinement:
         plan = []
         for grid, cells in leaves:
             members = _members(points, normals, grid, cells, self._config)
-            plan.append((len(members.cells), _worth_it(self._coarse, members, floor)))
-        total, done, found = sum(len(members.cells) for _, members in plan), 0, []
-        for planned, members in plan:
-            parts, judged = [], []
+            plan.append((len(members.cells), *_worth_it(self._coarse, members, floor)))
+        total, done, found = sum(len(members.cells) for _, members, _ in plan), 0, []
+        for planned, members, before in plan:
+            nobody = members.held[:0]  # all that is known of a level where nothing is tried
+            verdicts = [_Verdict(held=nobody.float(), before=before[:0], after=before[:0], sound=nobody > 0)]
+            parts: list[dict[str, Tensor]] = []
             for some in _groups(members):
                 sirens, verdict = _fit_cells(
-                    self._coarse, members[some], self._noise, self._config, generator, should_stop
+                    self._coarse, members[some], before[some], self._noise, self._config, generator, should_stop
                 )
                 parts.append(sirens.state_dict())
-                judged.append(verdict)
+                verdicts.append(verdict)
                 done += len(some)
                 on_progress(done / total)
-            if parts:
-                networks = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-                side, cells, verdict = members.grid.side, members.cells, _joined(judged)
-                found.append(FittedCells(side=side, planned=planned, cells=cells, networks=networks, **vars(verdict)))
-            else:
-                none, nothing = points.new_zeros(0), points.new_zeros((0, 2))
-                found.append(
-                    FittedCells(
-                        side=members.grid.side,
-                        planned=planned,
-                        cells=members.cells,
-                        networks={},
-                        held=none,
-                        before=nothing,
-                        after=nothing,
-                        sound=none,
-                    )
+            names = parts[0] if parts else ()
+            found.append(
+                FittedCells(
+                    side=members.grid.side,
+                    planned=planned,
+                    cells=members.cells,
+                    networks={name: torch.cat([part[name] for part in parts]) for name in names},
+                    **vars(_joined(verdicts)),
                 )
+            )
         self._seconds += time.perf_counter() - begin
         return found
 
@@ -202,15 +193,15 @@ class Refinement:
             return self._coarse, RefineReport(
                 tried=0, kept=0, sides=(), seconds=self._seconds, before=math.nan, after=math.nan
             )
-        overall = _joined([_verdict_of(part) for part in tried])
+        overall = _joined(tried)
         average = _gains(overall).T @ overall.held / overall.held.sum()
         levels = []
         for side in sorted({part.side for part in tried}):
             parts = [part for part in tried if part.side == side]
-            verdict = _joined([_verdict_of(part) for part in parts])
+            verdict = _joined(parts)
             held = verdict.held[:, None]
             believed = (_gains(verdict) * held + average * PRIOR) / (held + PRIOR)
-            good = ((believed > 0).all(dim=1) & verdict.sound.bool()).nonzero()[:, 0]
+            good = ((believed > 0).all(dim=1) & verdict.sound).nonzero()[:, 0]
             cells = torch.cat([part.cells for part in parts])[good]
             order = CellGrid(side, self._config.network.margin).numbers(cells).argsort()
             sirens = LocalSirens(len(good), replace(self._config.network, side=side))
@@ -307,13 +298,18 @@ def _members(points: Tensor, normals: Tensor, grid: CellGrid, cells: Tensor, con
     return members[(count >= config.fewest_points).nonzero()[:, 0]]
 
 
-def _worth_it(coarse: Siren, members: _Members, floor: float) -> _Members:
-    """The cells whose held-out points are farther than `floor` from the coarse field's zero."""
+def _worth_it(coarse: Siren, members: _Members, floor: float) -> tuple[_Members, Tensor]:
+    """The cells whose held-out points are farther than `floor` from the coarse field's zero, and how it stands there.
+
+    That is (k, 2), as _Verdict's `before`.
+    """
     owner, rows = members.held_out()
-    left = _means(_coarse_misfit(coarse, members, rows), owner)
+    phi, gradient = _in_chunks(coarse.value_and_gradient, members.points[rows])
+    left = _means(_misfit(phi, gradient, members.normals[rows]), owner)
     held = members.held
     average = (left[:, 0] * held).sum() / held.sum().clamp_min(1)
-    return members[((left[:, 0] * held + average * PRIOR) / (held + PRIOR) > floor).nonzero()[:, 0]]
+    some = ((left[:, 0] * held + average * PRIOR) / (held + PRIOR) > floor).nonzero()[:, 0]
+    return members[some], left[some]
 
 
 def _groups(members: _Members) -> Iterator[Tensor]:
@@ -326,12 +322,13 @@ def _groups(members: _Members) -> Iterator[Tensor]:
 def _fit_cells(
     coarse: Siren,
     members: _Members,
+    before: Tensor,
     noise: float,
     config: LocalConfig,
     generator: torch.Generator,
     should_stop: Callable[[], bool],
 ) -> tuple[LocalSirens, _Verdict]:
-    """The networks of the cells, fitted, and how they stand beside the coarse one."""
+    """The networks of the cells, fitted, and how they stand beside the coarse one, which stands as `before` (k, 2)."""
     grid, device, k = members.grid, members.points.device, len(members.cells)
     centres = grid.centres(members.cells)
     sirens = LocalSirens(k, replace(config.network, side=grid.side), generator=generator).to(device)
@@ -340,9 +337,9 @@ def _fit_cells(
     target = target.view(k, -1) / grid.half
     owner, rows = members.held_out()
     held_u, held_normals = (members.points[rows] - centres[owner]) / grid.half, members.normals[rows]
-    before = _means(_coarse_misfit(coarse, members, rows), owner)
     # The coarse field's own error is no target.
     doubt = (3 * before[:, :1] / grid.half).clamp_min(config.trusted_distance)
+    known = target.abs() > doubt
     _start_as_planes(sirens, space, target)
     weights = config.weights_for(noise / grid.half)
 
@@ -358,19 +355,20 @@ def _fit_cells(
     fitted_to = config.pool - config.pool // 4
     optimizer = torch.optim.Adam(sirens.parameters(), lr=config.learning_rate, betas=(0.9, config.beta2), fused=True)
     first, n, m, last_cost = (count.cumsum(0) - count)[:, None], config.batch_surface, config.batch_space, math.inf
+    batch_rows = torch.arange(n, device=device)
     for step in range(config.steps):
         if should_stop():
             raise Stopped("the local fits were stopped")
         for group in optimizer.param_groups:
             group["lr"] = config.rate(step)
-        batch = data[first + (step * n + torch.arange(n, device=device)) % count[:, None]]
+        batch = data[first + (step * n + batch_rows) % count[:, None]]
         part = slice(step * m % fitted_to, step * m % fitted_to + m)
         phi, gradient = sirens.value_and_gradient(torch.cat([batch[..., :3], space[:, part]], dim=1))
         terms = {
             "surface": surface_loss(phi[:, :n]),
             "normal": normal_loss(gradient[:, :n], batch[..., 3:]),
             "eikonal": eikonal_loss(gradient),
-            "distance": distance_loss(phi[:, n:], target[:, part], (target.abs() > doubt)[:, part], config.slack),
+            "distance": distance_loss(phi[:, n:], target[:, part], known[:, part], config.slack),
         }
         optimizer.zero_grad(set_to_none=True)
         # Times k: a sum over the cells, so that none feels how many there are.
@@ -397,11 +395,6 @@ def _start_as_planes(sirens: LocalSirens, space: Tensor, target: Tensor) -> None
     with torch.no_grad():
         sirens.biases[-1].copy_(plane[:, :1])
         sirens.linear.copy_(plane[:, 1:])
-
-
-def _coarse_misfit(coarse: Siren, members: _Members, rows: Tensor) -> Tensor:
-    phi, gradient = _in_chunks(coarse.value_and_gradient, members.points[rows])
-    return _misfit(phi, gradient, members.normals[rows])
 
 
 def _misfit(phi: Tensor, gradient: Tensor, normals: Tensor) -> Tensor:
@@ -453,12 +446,8 @@ def loaded_cells(path: Path, device: torch.device) -> list[FittedCells]:
     return found
 
 
-def _verdict_of(part: FittedCells) -> _Verdict:
-    return _Verdict(held=part.held, before=part.before, after=part.after, sound=part.sound)
-
-
-def _joined(verdicts: list[_Verdict]) -> _Verdict:
-    return _Verdict(**{name: torch.cat([getattr(v, name) for v in verdicts]) for name in vars(verdicts[0])})
+def _joined(verdicts: Sequence[_Verdict]) -> _Verdict:
+    return _Verdict(**{name: torch.cat([getattr(v, name) for v in verdicts]) for name in _JUDGED})
 
 
 def _means(values: Tensor, owner: Tensor) -> Tensor:

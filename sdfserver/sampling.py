@@ -104,7 +104,7 @@ class Samples:
     pool: SpacePool
     held_pool: SpacePool
     spacing: float
-    noise: "Noise"
+    noise: Noise
 
     def to(self, device: torch.device) -> "Samples":
         """The same samples on `device`."""
@@ -114,7 +114,7 @@ class Samples:
 
 def draw_samples(cloud_unit: PointCloud, config: PoolConfig, rng: np.random.Generator) -> Samples:
     """The cloud parted into points to fit and points to judge by, and a pool of samples around it."""
-    points, normals = cloud_unit.points, _normals_of(cloud_unit)
+    points, normals = cloud_unit.points, normals_of(cloud_unit)
     n = len(points)
     if n <= SKETCH:
         return sketch_samples(cloud_unit, config, rng, of=n)
@@ -136,7 +136,7 @@ def sketch_samples(sketch: PointCloud, config: PoolConfig, rng: np.random.Genera
 
     A sketch's noise is that of its own points, and the whole cloud is taken to be no more than the sketch.
     """
-    points, normals = sketch.points, _normals_of(sketch)
+    points, normals = sketch.points, normals_of(sketch)
     tree = cKDTree(points)
     areas = point_areas(points, tree)
     spacing = mean_spacing(areas)
@@ -161,7 +161,8 @@ def sketch_samples(sketch: PointCloud, config: PoolConfig, rng: np.random.Genera
     )
 
 
-def _normals_of(cloud: PointCloud) -> NDArray[np.float64]:
+def normals_of(cloud: PointCloud) -> NDArray[np.float64]:
+    """The normals (n, 3) of a cloud, or CloudError where it has none."""
     if cloud.normals is None:
         raise CloudError("the cloud has no normals; a signed distance cannot be fitted to it")
     return cloud.normals
@@ -189,7 +190,7 @@ def sketch_rows(n: int, rng: np.random.Generator) -> NDArray[np.int64]:
 
 def noise_of(cloud: PointCloud, rng: np.random.Generator) -> Noise:
     """As estimate_noise, of an oriented cloud whose tree is of no other use."""
-    return estimate_noise(cloud.points, _normals_of(cloud), cKDTree(cloud.points), rng)
+    return estimate_noise(cloud.points, normals_of(cloud), cKDTree(cloud.points), rng)
 
 
 def estimate_noise(

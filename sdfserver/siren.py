@@ -5,6 +5,7 @@ Layer: h = sin(omega (W h + b)); the last one is linear.
 """
 
 import math
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
@@ -23,14 +24,10 @@ class Siren(nn.Module):
     def __init__(self, config: NetworkConfig, *, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.config = config
-        sizes = [3] + [config.hidden] * config.layers + [1]
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        for i, (fan_in, fan_out) in enumerate(pairwise(sizes)):
-            # Sitzmann et al. 2020, section 3.2: the first layer spans omega periods, the others keep the
-            # distribution of the activations.
-            bound = 1 / fan_in if i == 0 else math.sqrt(6 / fan_in) / config.omega
-            self.weights.append(_uniform((fan_out, fan_in), bound, generator))
-            self.biases.append(_uniform((fan_out,), 1 / math.sqrt(fan_in), generator))
+        for fan_in, fan_out, bound in layers_of(config):
+            self.weights.append(uniform((fan_out, fan_in), bound, generator))
+            self.biases.append(uniform((fan_out,), 1 / math.sqrt(fan_in), generator))
 
     def forward(self, x: Tensor) -> Tensor:
         """The value phi (n,) at x (n, 3)."""
@@ -60,5 +57,17 @@ class Siren(nn.Module):
         return [*layers[:-1], (self.weights[-1], self.biases[-1])]
 
 
-def _uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator | None) -> nn.Parameter:
+def layers_of(config: NetworkConfig) -> Iterator[tuple[int, int, float]]:
+    """Of each layer: how wide it is before and after, and the bound of its initial weights.
+
+    Sitzmann et al. 2020, section 3.2: the first layer spans omega periods, the others keep the distribution of the
+    activations.
+    """
+    sizes = [3] + [config.hidden] * config.layers + [1]
+    for i, (fan_in, fan_out) in enumerate(pairwise(sizes)):
+        yield fan_in, fan_out, 1 / fan_in if i == 0 else math.sqrt(6 / fan_in) / config.omega
+
+
+def uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator | None) -> nn.Parameter:
+    """A parameter, evenly drawn between -bound and bound."""
     return nn.Parameter((torch.rand(shape, generator=generator) * 2 - 1) * bound)

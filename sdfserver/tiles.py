@@ -38,13 +38,12 @@ from sdfserver.reconstruct import (
     Reconstruction,
     choose_device,
     fit_section,
-    join_reports,
     local_section,
-    mesh_field,
+    reconstruction_of,
     start_report,
 )
 from sdfserver.refine import FittedCells, Refinement, loaded_cells, plan_cells, saved_cells
-from sdfserver.sampling import Noise, Patches, Samples, noise_of, sketch_rows, sketch_samples
+from sdfserver.sampling import Noise, Patches, Samples, noise_of, normals_of, sketch_rows, sketch_samples
 from sdfserver.siren import Siren
 from sdfserver.winding import spacing_of
 
@@ -150,8 +149,7 @@ def reconstruct_tiles(
     """
     clock = Clock(on_progress)
     fitted = fit_tiles(path, folder, preset=preset, device=device, seed=seed, clock=clock, should_stop=should_stop)
-    meshed = mesh_field(fitted.field, fitted.cloud, mesh or PRESETS[preset].mesh, clock=clock, should_stop=should_stop)
-    return Reconstruction(mesh=meshed.mesh, field=fitted.field, report=join_reports(fitted.report, meshed.report))
+    return reconstruction_of(fitted, mesh or PRESETS[preset].mesh, clock=clock, should_stop=should_stop)
 
 
 class _Folder:
@@ -242,7 +240,7 @@ def _survey(work: _Folder, path: Path, seed: int) -> _Survey:
             center=frame.center,
             scale=frame.scale,
             points=sketch.points,
-            normals=_normals(sketch),
+            normals=normals_of(sketch),
         )
     return survey
 
@@ -326,7 +324,7 @@ def _sort(
     for chunk in map(checked, stream_cloud(path)):
         if should_stop is not None and should_stop():
             raise Stopped("stopped while the points were sorted into tiles")
-        table = np.hstack([frame.to_unit(chunk.points), _normals(chunk)]).astype(np.float32)
+        table = np.hstack([frame.to_unit(chunk.points), normals_of(chunk)]).astype(np.float32)
         table = table[(np.abs(table[:, :3]) <= 1).all(axis=1)]  # strays lie outside
         rows, numbers = (found.numpy() for found in tiles.grid.overlaps(torch.from_numpy(table[:, :3])))
         order = np.argsort(numbers, kind="stable")
@@ -382,17 +380,11 @@ def _points_of(path: Path, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _rows_of(cloud: PointCloud, rows: NDArray[Any]) -> PointCloud:
-    return PointCloud(points=cloud.points[rows], normals=_normals(cloud)[rows])
+    return PointCloud(points=cloud.points[rows], normals=normals_of(cloud)[rows])
 
 
 def _joined(parts: list[PointCloud]) -> PointCloud:
     if not parts:
         raise CloudError("the cloud has no points")
-    points, normals = np.concatenate([part.points for part in parts]), np.concatenate([*map(_normals, parts)])
+    points, normals = np.concatenate([part.points for part in parts]), np.concatenate([*map(normals_of, parts)])
     return PointCloud(points=points, normals=normals)
-
-
-def _normals(cloud: PointCloud) -> NDArray[np.float64]:
-    if cloud.normals is None:
-        raise CloudError("the cloud has no normals; tiles need them in the file")
-    return cloud.normals
