@@ -65,9 +65,10 @@ ABOUT, SURVEY, COARSE, COARSE_ABOUT, SORTED = (
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _Survey:
-    """What one pass over the file tells: how many points there are, some of them, and their frame."""
+    """What a look at the whole file tells: how many points and far strays there are, a sketch, and their frame."""
 
     count: int
+    strays: int
     sketch: PointCloud
     frame: Frame
     noise: Noise
@@ -122,8 +123,8 @@ def fit_tiles(
     ) | {
         "cloud": {
             "points": survey.count,
-            "used": survey.count,
-            "strays_dropped": 0,
+            "used": survey.count - survey.strays,
+            "strays_dropped": survey.strays,
             "scale_to_unit": survey.frame.scale,
         },
         "seconds": dict(clock.seconds),
@@ -208,6 +209,7 @@ def _survey(work: _Folder, path: Path, seed: int) -> _Survey:
         with np.load(work.path(SURVEY), allow_pickle=False) as saved:
             return _Survey(
                 count=int(saved["count"]),
+                strays=int(saved["strays"]),
                 sketch=PointCloud(points=saved["points"], normals=saved["normals"]),
                 frame=Frame(center=saved["center"], scale=float(saved["scale"])),
                 noise=Noise(by_quadrics=float(saved["noise"][0]), by_normals=float(saved["noise"][1])),
@@ -224,18 +226,20 @@ def _survey(work: _Folder, path: Path, seed: int) -> _Survey:
     patches = Patches(sketch.points, spacing * math.sqrt(len(sketch.points) / count), rng)
     # The whole cloud reaches a little farther than its sketch, its strays much farther.
     box = sketch.points.min(axis=0) - 4 * spacing, sketch.points.max(axis=0) + 4 * spacing
-    corners, near = [*box[::-1]], []
+    corners, near, strays = [*box[::-1]], [], count
     for chunk in map(checked, stream_cloud(path)):
         inside = chunk.points[((chunk.points >= box[0]) & (chunk.points <= box[1])).all(axis=1)]
+        strays -= len(inside)
         if len(inside):
             corners = [np.minimum(corners[0], inside.min(axis=0)), np.maximum(corners[1], inside.max(axis=0))]
         near.append(_rows_of(chunk, patches.mask(chunk.points)))
     frame = Frame.around(np.stack(corners), margin=spacing)
-    survey = _Survey(count=count, sketch=sketch, frame=frame, noise=noise_of(_joined(near), rng))
+    survey = _Survey(count=count, strays=strays, sketch=sketch, frame=frame, noise=noise_of(_joined(near), rng))
     with replacing(work.path(SURVEY)) as stream:
         np.savez(
             stream,
             count=count,
+            strays=strays,
             noise=[survey.noise.by_quadrics, survey.noise.by_normals],
             center=frame.center,
             scale=frame.scale,

@@ -190,6 +190,7 @@ def test_a_stray_does_not_shrink_the_shape(cloud: PointCloud, tmp_path: Path) ->
     write_ply(tmp_path / "stray.ply", points, normals=np.concatenate([cloud.normals, [[1.0, 0, 0]]]))
     fitted = fit_tiles(tmp_path / "stray.ply", tmp_path / "work", preset="small", device="cpu", clock=Clock(None))
     assert fitted.field.frame.scale == pytest.approx(0.9, rel=0.1)
+    assert (fitted.report["cloud"]["used"], fitted.report["cloud"]["strays_dropped"]) == (len(cloud.points), 1)
 
 
 @pytest.mark.parametrize("suffix", ["ply", "npz"])
