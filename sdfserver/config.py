@@ -100,7 +100,7 @@ class PoolConfig:
     """The samples in the space around the cloud, drawn once before the fit."""
 
     size: int = 100_000
-    near_share: float = 0.5
+    near_share: float = 0.7
     """Share scattered around the cloud; the rest is uniform in the cube."""
     near_sigma: float = 0.1
     """Mean standard deviation of the scattered ones."""
@@ -141,7 +141,7 @@ class FitConfig:
     warm_start_share: float = 0.2
     """Share of the steps, at the start, of plain regression on the signed nearest-point distance."""
     low_precision_share: float = 0.9
-    """Share of the steps in bfloat16, from the start, where the processor computes in it natively."""
+    """Share of the steps in bfloat16, from the start, on a processor with matrix instructions for it (AMX)."""
     clip_norm: float | None = None
     """Largest norm of the whole gradient; None does not clip."""
     alpha: float = 100.0
@@ -354,7 +354,13 @@ class Preset:
 
 
 PRESETS: Mapping[str, Preset] = {
-    "draft": Preset(summary="a first look", fit=FitConfig(steps=500, batch_surface=1000, batch_space=600)),
+    "draft": Preset(
+        summary="a first look",
+        # In so few steps the space around the surface settles only if it is pressed to.
+        fit=FitConfig(
+            steps=500, batch_surface=1000, batch_space=600, weights=LossWeights(eikonal=100.0, distance=600.0)
+        ),
+    ),
     "standard": Preset(summary="scans, noise, sparse clouds", local=LocalConfig()),
     "fine": Preset(
         summary="dense, clean clouds and small detail",

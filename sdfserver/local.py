@@ -19,13 +19,13 @@ local network gives f / H at u, so that its gradient with respect to u is that o
 
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from sdfserver.config import LocalNetworkConfig, NetworkConfig
-from sdfserver.siren import Siren, layers_of, uniform
+from sdfserver.siren import Siren, layers_of, uniform, value_and_gradient
 
 BLOCK = 64
 """Points of one cell that are evaluated together; a cell with fewer is padded to it."""
@@ -113,9 +113,7 @@ class LocalSirens(nn.Module):
 
     def value_and_gradient(self, u: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The value f / H (b, n) and the gradient (b, n, 3) at u (b, n, 3); `rows` as in `forward`."""
-        layers = [tensor for layer in self._scaled_layers(rows) for tensor in layer]
-        value, gradient = _ValueAndGradient.apply(u, _pick(self.linear, rows), *layers)  # type: ignore[no-untyped-call]
-        return value, gradient
+        return value_and_gradient(u, _pick(self.linear, rows), self._scaled_layers(rows))
 
     def _scaled_layers(self, rows: Tensor | None) -> list[tuple[Tensor, Tensor]]:
         omega = self.config.omega
@@ -125,57 +123,6 @@ class LocalSirens(nn.Module):
 
 def _pick(parameter: Tensor, rows: Tensor | None) -> Tensor:
     return parameter if rows is None else parameter[rows]
-
-
-class _ValueAndGradient(torch.autograd.Function):
-    """Value and gradient of batched SIRENs with a linear part, and the backward pass of both, written out.
-
-    Automatic differentiation would take each sine and cosine again on the way back, and they are half of the work.
-
-    Symbols: layer l: z_l = s_(l-1) W_l + b_l, s_l = sin z_l, c_l = cos z_l, s_0 = u; adjoints p_l = d phi / d s_l and
-    a_l = d phi / d z_l = c_l p_l; the gradient is a_1 W_1^T. D stands for the loss's derivative with respect to.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, u: Tensor, linear: Tensor, *layers: Tensor) -> tuple[Tensor, Tensor]:
-        *weights, last = layers[0::2]
-        *biases, offset = layers[1::2]
-        sines, cosines = [u], []
-        for weight, bias in zip(weights, biases, strict=True):
-            z = torch.baddbmm(bias, sines[-1], weight)
-            cosines.append(z.cos())
-            sines.append(z.sin_())
-        phi = (torch.baddbmm(offset, sines[-1], last) + u @ linear)[..., 0]
-        pulls, adjoints = [last.mT], []
-        for weight, cosine in zip(reversed(weights), reversed(cosines), strict=True):
-            adjoints.append(cosine * pulls[-1])
-            pulls.append(adjoints[-1] @ weight.mT)
-        gradient = pulls.pop() + linear.mT
-        ctx.depth = len(weights)
-        ctx.save_for_backward(*weights, last, *sines, *cosines, *reversed(pulls), *reversed(adjoints))
-        return phi, gradient
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        d_phi, d_gradient = grads[0][..., None], grads[1]
-        saved, n = list(ctx.saved_tensors), ctx.depth
-        weights, last, sines = saved[:n], saved[n], saved[n + 1 : 2 * n + 2]
-        cosines, pulls, adjoints = (saved[2 * n + 2 + i * n : 2 * n + 2 + (i + 1) * n] for i in range(3))
-        d_linear = sines[0].mT @ d_phi + d_gradient.sum(dim=1, keepdim=True).mT
-        d_weights, d_cosines, d_pull = [], [], d_gradient
-        for weight, cosine, pull, adjoint in zip(weights, cosines, pulls, adjoints, strict=True):
-            d_weights.append(d_pull.mT @ adjoint)
-            d_adjoint = d_pull @ weight
-            d_cosines.append(d_adjoint * pull)
-            d_pull = d_adjoint.mul_(cosine)
-        d_last = d_pull.sum(dim=1, keepdim=True).mT + sines[-1].mT @ d_phi
-        d_layers = [d_last, d_phi.sum(dim=1, keepdim=True)]
-        d_sine = d_phi * last.mT
-        for i in reversed(range(n)):
-            d_z = d_sine.mul_(cosines[i]).addcmul_(d_cosines[i], sines[i + 1], value=-1)
-            d_layers = [torch.baddbmm(d_weights[i], sines[i].mT, d_z), d_z.sum(dim=1, keepdim=True), *d_layers]
-            d_sine = d_z @ weights[i].mT if i else d_z
-        return None, d_linear, *d_layers
 
 
 class LocalLevel(nn.Module):

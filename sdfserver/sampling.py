@@ -17,8 +17,9 @@ from sdfserver.config import PoolConfig
 from sdfserver.errors import CloudError
 from sdfserver.winding import Dipoles, dipole_levels, mean_spacing, point_areas, winding_number
 
-FAR_SPACINGS = 4
-"""Beyond this many mean spacings the nearest point of the cloud is as far as the surface, for the fit's purposes."""
+FAR_SPACINGS, FAR_NOISES = 2, 8
+"""Beyond this many mean spacings, and standard deviations of the noise, the nearest point of the cloud is as far as the
+surface, for the fit's purposes: at two spacings it is some 2% farther."""
 
 FULL_GUESS = 0.4
 """The first guess is the whole distance where the winding number is this far from 1/2, and less of it nearer by."""
@@ -140,7 +141,9 @@ def sketch_samples(sketch: PointCloud, config: PoolConfig, rng: np.random.Genera
     tree = cKDTree(points)
     areas = point_areas(points, tree)
     spacing = mean_spacing(areas)
-    pool = _space_pool(points, tree, dipole_levels(points, normals, areas), spacing, config, rng)
+    noise = estimate_noise(points, normals, tree, rng)
+    far = max(FAR_SPACINGS * spacing, FAR_NOISES * noise.least)
+    pool = _space_pool(points, tree, dipole_levels(points, normals, areas), far, config, rng)
     shuffled = rng.permutation(len(points))
     n_held = min(max(MIN_HELD_POINTS, round(HELD_SHARE * len(points))), MAX_HELD_POINTS)
     held, kept = shuffled[:n_held], np.sort(shuffled[n_held:])
@@ -157,7 +160,7 @@ def sketch_samples(sketch: PointCloud, config: PoolConfig, rng: np.random.Genera
         pool=pool[n_pool_held:],
         held_pool=pool[:n_pool_held],
         spacing=spacing,
-        noise=estimate_noise(points, normals, tree, rng),
+        noise=noise,
     )
 
 
@@ -228,11 +231,14 @@ def _space_pool(
     points: NDArray[np.float64],
     tree: cKDTree,
     levels: list[Dipoles],
-    spacing: float,
+    far: float,
     config: PoolConfig,
     rng: np.random.Generator,
 ) -> SpacePool:
-    """A pool of `config.size` samples, a share of them scattered around the cloud and the rest uniform in the cube."""
+    """A pool of `config.size` samples, a share of them scattered around the cloud and the rest uniform in the cube.
+
+    Beyond `far` the distance to the nearest point is that to the surface.
+    """
     positions = _positions(points, config, rng)
     samples, distances = _tensor(positions), _tensor(tree.query(positions, workers=-1)[0])
     w = winding_number(samples, distances, levels)
@@ -243,7 +249,7 @@ def _space_pool(
         signed_distance=torch.where(w > 0.5, -distances, distances),
         first_guess=distances * ((0.5 - w) / FULL_GUESS).clamp(-1, 1),
         trusted=trusted,
-        far=trusted & (distances > FAR_SPACINGS * spacing),
+        far=trusted & (distances > far),
     )
 
 

@@ -1,14 +1,12 @@
 """Local networks: their written-out passes against autograd, and a blend without seams."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
 
 from sdfserver.config import LocalNetworkConfig, NetworkConfig
-from sdfserver.local import CellGrid, LocalLevel, LocalSirens, PartitionOfUnity, _ValueAndGradient, in_blocks
-from sdfserver.siren import Siren
+from sdfserver.local import CellGrid, LocalLevel, LocalSirens, PartitionOfUnity, in_blocks
+from sdfserver.siren import Siren, value_and_gradient
 
 SMALL = LocalNetworkConfig(side=4, hidden=8, omega=5.0)
 
@@ -51,8 +49,9 @@ def test_the_written_out_passes_are_autograd_s(layers: int) -> None:
     networks = sirens(3, LocalNetworkConfig(side=4, hidden=6, layers=layers, omega=3.0)).requires_grad_()
     u = torch.rand((3, 5, 3), generator=generator(7), dtype=torch.float64) * 2 - 1
     parameters = [networks.linear, *(p for layer in networks._scaled_layers(None) for p in layer)]
-    call: Callable[..., tuple[Tensor, Tensor]] = _ValueAndGradient.apply
-    torch.autograd.gradcheck(lambda linear, *rest: call(u, linear, *rest), parameters)
+    torch.autograd.gradcheck(
+        lambda linear, *rest: value_and_gradient(u, linear, list(zip(rest[0::2], rest[1::2], strict=True))), parameters
+    )
     u.requires_grad_()
     value = networks(u)
     (expected,) = torch.autograd.grad(value.sum(), u)

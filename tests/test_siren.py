@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -47,6 +48,26 @@ def test_one_backward_through_the_gradient_is_the_double_backward() -> None:
         torch.testing.assert_close(a, b)
 
 
+def test_without_a_backward_pass_the_numbers_are_the_same() -> None:
+    siren = small_siren()
+    with torch.no_grad():
+        bare = siren.value_and_gradient(points())
+    for a, b in zip(bare, siren.value_and_gradient(points()), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_lower_precision_is_that_of_the_products_alone() -> None:
+    siren = small_siren().float()
+    x = points().float()
+    exact, close = siren.value_and_gradient(x), siren.value_and_gradient(x, dtype=torch.bfloat16)
+    for a, b in zip(exact, close, strict=True):
+        assert b.dtype is torch.float32
+        assert 0 < (a - b).norm() < 0.1 * a.norm()
+    (close[0].abs().mean() + close[1].norm(dim=-1).mean()).backward()
+    assert all(p.grad is not None and p.grad.dtype is torch.float32 for p in siren.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # PyTorch's own tracer does it
 def test_the_gradient_compiles_as_one_graph_with_its_backward() -> None:
     siren = small_siren()
     compiled = torch.compile(siren.value_and_gradient, fullgraph=True, backend="aot_eager")
