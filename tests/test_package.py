@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import sdfserver
+from sdfserver.field import SignedDistanceField
 
 HEAVY = {"torch", "numpy", "scipy", "skimage", "trimesh", "open3d", "typer", "rich"}
 
@@ -108,6 +109,7 @@ def test_readmes_python_works(
     assert capsys.readouterr().out.startswith("True ")
     cloud, field = names["cloud"], names["result"].field
     distances = field.evaluate(cloud.points[:500] + 0.05 * cloud.normals[:500])
-    assert np.abs(distances - 0.05).mean() < 0.01
+    assert np.abs(distances - 0.05).mean() < 0.005
     assert (tmp_path / "knot.glb").stat().st_size > 100_000
-    assert (tmp_path / "knot.safetensors").stat().st_size > 500_000
+    again = SignedDistanceField.load(tmp_path / "knot.safetensors")
+    assert np.array_equal(again.evaluate(cloud.points[:9]), field.evaluate(cloud.points[:9]))

@@ -14,6 +14,7 @@ from PIL import Image
 from server.helpers import Process
 from web.conftest import NARROW, WIDE
 
+from sdfserver.config import PRESETS
 from sdfserver.server import page as page_module
 
 if TYPE_CHECKING:
@@ -163,7 +164,7 @@ def test_a_reload_in_mid_job_goes_on_with_it(page: "Page", cloud: Path) -> None:
     assert page.url.endswith(job)
     wait_for(page, "document.querySelectorAll('#losses polyline').length > 0")
     assert page.locator("#job-name").inner_text() == "sparse.ply"
-    page.get_by_text(re.compile("of 900")).wait_for()
+    page.get_by_text(re.compile(f"of {PRESETS['standard'].fit.steps}")).wait_for()
     assert drawn(picture(page)) > 0.001, "its points are there again"
     page.locator("#cancel").click()
     wait_for_state(page, "cancelled")
