@@ -622,11 +622,13 @@ def _summary(output: Path, report: dict[str, Any]) -> str:
     mesh, distance, cloud = report["mesh"], report["input_to_mesh"], report["cloud"]
     parts = f"{mesh['components']} parts, " if mesh["components"] != 1 else ""
     closed = f"watertight, genus {mesh['genus']}" if mesh["watertight"] else "open"
+    hollow = mesh["watertight"] and mesh["volume"] < 0
     lost = {"outliers removed": cloud["outliers_removed"], "far strays left out": cloud["strays_dropped"]}
     return "; ".join(
         [
             f"{output}: {mesh['vertices']:,} vertices, {mesh['faces']:,} faces, {parts}{closed}",
             f"the points lie {distance['mean']:.3g} from it on average, {distance['max']:.3g} at most",
+            *(["a hollow seen from inside, for the normals face it"] if hollow else []),
             *(f"{count:,} {what}" for what, count in lost.items() if count),
             f"{report['seconds']['total']:.1f} s",
         ]

@@ -24,6 +24,9 @@ surface, for the fit's purposes: at two spacings it is some 2% farther."""
 FULL_GUESS = 0.4
 """The first guess is the whole distance where the winding number is this far from 1/2, and less of it nearer by."""
 
+SURELY_WOUND, FEWEST_WOUND = 0.75, 0.001
+"""A winding number beyond the first is no open sheet's; fewer samples than the second, by share, say nothing."""
+
 HELD_SHARE, MIN_HELD_POINTS, MAX_HELD_POINTS = 0.02, 5, 2000
 """Points of the cloud, and samples of the pool, that are held out of the fit."""
 NOISE_NEIGHBOURS, NOISE_POINTS = 24, 4000
@@ -242,8 +245,11 @@ def _space_pool(
     positions = _positions(points, config, rng)
     samples, distances = _tensor(positions), _tensor(tree.query(positions, workers=-1)[0])
     w = winding_number(samples, distances, levels)
+    clear = distances > levels[-1].spacing
+    if _seen_from_inside(w[clear]):
+        w += 1
     sure = (w > 0.5 + config.inside_confidence) | (w < 0.5 - config.outside_confidence)
-    trusted = sure & (distances > levels[-1].spacing)
+    trusted = sure & clear
     return SpacePool(
         points=samples,
         signed_distance=torch.where(w > 0.5, -distances, distances),
@@ -251,6 +257,15 @@ def _space_pool(
         trusted=trusted,
         far=trusted & (distances > far),
     )
+
+
+def _seen_from_inside(w: Tensor) -> bool:
+    """Whether these winding numbers (m,) are those of a room: -1 in its air, 0 in all that is solid around it.
+
+    An open sheet has both signs, up to one half; few of them, or as many of the one as of the other, say nothing.
+    """
+    hollow, solid = int((w < -SURELY_WOUND).sum()), int((w > SURELY_WOUND).sum())
+    return hollow > max(FEWEST_WOUND * len(w), 10 * solid)
 
 
 def _positions(points: NDArray[np.float64], config: PoolConfig, rng: np.random.Generator) -> NDArray[np.float64]:

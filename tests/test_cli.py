@@ -52,7 +52,7 @@ class Fit:
         self.during(options)
         report = {
             "cloud": {"points": len(cloud.points), "strays_dropped": 2},
-            "mesh": {"vertices": 4, "faces": 4, "watertight": True, "components": 1, "genus": 0},
+            "mesh": {"vertices": 4, "faces": 4, "watertight": True, "components": 1, "genus": 0, "volume": 1.0},
             "input_to_mesh": {"mean": 0.00123, "max": 0.5},
             "fit": {"losses": {"eikonal": float("nan")}},
             "seconds": {"total": 1.0},

@@ -43,7 +43,7 @@ from sdfserver.formats.arrays import read_npz
 
 REPORT = {
     "cloud": {"points": 9, "strays_dropped": 0, "outliers_removed": 0},
-    "mesh": {"vertices": 4, "faces": 4, "watertight": True, "components": 1, "genus": 0},
+    "mesh": {"vertices": 4, "faces": 4, "watertight": True, "components": 1, "genus": 0, "volume": 1.0},
     "input_to_mesh": {"mean": 0.00123, "max": 0.5},
     "seconds": {"total": 1.0},
 }

@@ -145,3 +145,13 @@ def test_a_level_without_a_surface_is_told_in_the_clouds_own_units() -> None:
     with pytest.raises(NoSurfaceError, match="no surface at level 9000:") as raised:
         quick(thousand, mesh=MeshConfig(resolution=24, level_world=9000.0))
     assert 100 < raised.value.highest < 5000
+
+
+def test_a_room_is_a_hollow_in_what_is_around_it() -> None:
+    room = sphere(3000, radius=2.0)
+    job = quick(PointCloud(points=room.points, normals=-room.normals))
+    assert job.report["mesh"]["watertight"]
+    assert job.report["mesh"]["volume"] == pytest.approx(-4 / 3 * np.pi * 8, rel=0.02)
+    assert job.report["input_to_mesh"]["normal_agreement"] > 0.99
+    assert (job.field.evaluate(np.array([[0.0, 0, 0], [0, 1.8, 0]])) > 0).all()
+    assert (job.field.evaluate(np.array([[2.2, 0, 0], [2.1, 2.1, 2.1]])) < 0).all()

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from scipy.spatial import cKDTree
 from shapes import bowl, rippled_sphere, sphere, torus
 
@@ -23,6 +24,25 @@ def test_trusted_signs_are_the_sphere_s() -> None:
     trusted = pool.trusted
     assert trusted[exact.abs() > 0.03].all()
     assert (exact.sign() == pool.signed_distance.sign())[trusted].all()
+
+
+def test_around_a_room_all_is_solid() -> None:
+    room = sphere(20_000, radius=0.8)
+    pool = draw_samples(PointCloud(points=room.points, normals=-room.normals), SMALL_POOL, rng()).pool
+    exact = 0.8 - pool.points.norm(dim=1)
+    assert pool.trusted[exact.abs() > 0.03].all()
+    assert (exact.sign() == pool.signed_distance.sign())[pool.trusted].all()
+
+
+@pytest.mark.parametrize("side", [1.0, -1.0])
+def test_an_open_sheet_is_no_room(side: float) -> None:
+    flat = rng(1).random((20_000, 3)) * 1.6 - 0.8
+    flat[:, 2] = 0.05 * np.sin(9 * flat[:, 0])
+    slope = 0.45 * np.cos(9 * flat[:, 0])
+    normals = np.column_stack([-slope, np.zeros(len(flat)), np.ones(len(flat))]) / np.sqrt(1 + slope**2)[:, None]
+    pool = draw_samples(PointCloud(points=flat, normals=side * normals), SMALL_POOL, rng()).pool
+    above = side * (pool.points[:, 2] - 0.05 * torch.sin(9 * pool.points[:, 0])) > 0
+    assert (pool.signed_distance[pool.trusted & above] > 0).all()
 
 
 def test_far_distances_are_those_to_the_surface() -> None:
