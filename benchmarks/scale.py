@@ -43,7 +43,10 @@ def terrain(n: int, rng: np.random.Generator) -> tuple[Array, Array]:
 
 
 def room(n: int, rng: np.random.Generator) -> tuple[Array, Array]:
-    """A room of 6 x 4 x 3 m with a table, a cupboard and a lamp; normals face the room."""
+    """A room of 6 x 4 x 3 m with a table, a cupboard and a lamp; normals face the room.
+
+    Where furniture stands on the floor, neither it nor the floor has points.
+    """
     boxes = [
         ((0, 0, 0), (6, 4, 3), -1.0),
         ((2, 1.5, 0.7), (3.6, 2.5, 0.76), 1.0),
@@ -55,6 +58,8 @@ def room(n: int, rng: np.random.Generator) -> tuple[Array, Array]:
         size = np.subtract(high, low)
         for axis in range(3):
             for end in (0, 1):
+                if sign > 0 and axis == 2 and end == low[2] == 0:
+                    continue
                 area = np.delete(size, axis).prod()
                 faces.append((area, np.array(low, float), size, axis, end, sign))
     areas = np.array([face[0] for face in faces] + [4 * np.pi * 0.2**2])
@@ -70,7 +75,11 @@ def room(n: int, rng: np.random.Generator) -> tuple[Array, Array]:
     d = _unit(rng.normal(size=(counts[-1], 3)))
     points.append([1.0, 1.0, 2.3] + 0.2 * d)
     normals.append(d)
-    return np.concatenate(points), np.concatenate(normals)
+    x, normal = np.concatenate(points), np.concatenate(normals)
+    standing = [(low[:2], high[:2]) for low, high, sign in boxes if sign > 0 and low[2] == 0]
+    covered = np.any([((x[:, :2] > low) & (x[:, :2] < high)).all(axis=1) for low, high in standing], axis=0)
+    seen = ~(covered & (x[:, 2] == 0))
+    return x[seen], normal[seen]
 
 
 def ripples(n: int, rng: np.random.Generator) -> tuple[Array, Array]:
