@@ -46,13 +46,14 @@ class Fit:
         self.cloud: PointCloud | None = None
         self.options: dict[str, Any] = {}
         self.during: Callable[[dict[str, Any]], object] = lambda options: None
+        self.volume = 1.0
 
     def __call__(self, cloud: PointCloud, **options: Any) -> SimpleNamespace:
         self.cloud, self.options = cloud, options
         self.during(options)
         report = {
             "cloud": {"points": len(cloud.points), "strays_dropped": 2},
-            "mesh": {"vertices": 4, "faces": 4, "watertight": True, "components": 1, "genus": 0, "volume": 1.0},
+            "mesh": {"vertices": 4, "faces": 4, "watertight": True, "components": 1, "genus": 0, "volume": self.volume},
             "input_to_mesh": {"mean": 0.00123, "max": 0.5},
             "fit": {"losses": {"eikonal": float("nan")}},
             "seconds": {"total": 1.0},
@@ -94,6 +95,13 @@ def test_it_writes_the_mesh_the_field_and_the_report(
     assert out == ""
     assert "4 faces, watertight, genus 0; the points lie 0.00123 from it" in one_line(err)
     assert "2 far strays left out" in err
+    assert "hollow" not in err
+
+
+def test_a_hollow_is_called_one(fit: Fit, knot: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit.volume = -1.0
+    assert cli.main(["reconstruct", knot, "-o", str(tmp_path / "a.ply")]) == 0
+    assert "; a hollow seen from inside, for the normals face it; " in one_line(capsys.readouterr().err)
 
 
 def test_the_cloud_arrives_as_the_file_has_it(fit: Fit, knot: str, tmp_path: Path) -> None:
