@@ -471,6 +471,79 @@ def demo(
         _say(_summary(output, report))
 
 
+@app.command()
+def bench(
+    clouds: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[CLOUD]...", show_default="a bundled knot", help="Clouds to measure with."),
+    ] = None,
+    preset: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="|".join(PRESETS),
+            show_default="draft and standard",
+            help="May be repeated. After another, [bold]paper[/] gets the seconds of that one's fit.",
+        ),
+    ] = None,
+    device: DeviceOption = "auto",
+    seed: SeedOption = 0,
+    reference: Annotated[
+        Path | None,
+        typer.Option(metavar="MESH", show_default=False, help="The true surface of the cloud, to measure errors by."),
+    ] = None,
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=COMMAND",
+            show_default=False,
+            help="Another program to run in turn, with {cloud} and {mesh} in its arguments. May be repeated.",
+        ),
+    ] = None,
+    runs: Annotated[int, typer.Option(metavar="N", min=1, help="How often to run the programs in turn.")] = 1,
+    output: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE.json", show_default=False, help="Also write all figures to this file."),
+    ] = None,
+) -> None:
+    """Measure the stages of a reconstruction on this machine, each beside the least time that its arithmetic takes.
+
+    That floor follows from the machine's own rate of matrix products, which is measured first.
+    """
+    from sdfserver.files import check_writable
+    from sdfserver.samples import sample
+
+    _check_seed(seed)
+    others = dict(_named_command(text) for text in beside or [])
+    for name in preset or []:
+        if name not in PRESETS:
+            raise ConfigError(f"there is no preset {name!r}; use one of {', '.join(PRESETS)}")
+    if reference is not None and len(clouds or []) > 1:
+        raise ConfigError("--reference is the surface of one cloud; give one cloud with it")
+    if output is not None:
+        check_writable(output, ("json",))
+    from sdfserver.bench import bench as run
+
+    figures = run(
+        clouds or [sample("knot")],
+        preset or ["draft", "standard"],
+        beside=others,
+        reference=reference,
+        runs=runs,
+        seed=seed,
+        device=device,
+        say=lambda text: typer.echo(text),
+    )
+    if output is not None:
+        _write_report(json.dumps(figures, indent=1).encode() + b"\n", output)
+
+
+def _named_command(text: str) -> tuple[str, str]:
+    name, equals, command = text.partition("=")
+    if not (name and equals and "{cloud}" in command and "{mesh}" in command):
+        raise ConfigError(f"--beside is {text!r}; it must be NAME=COMMAND, with {{cloud}} and {{mesh}} in the command")
+    return name, command
+
+
 def _cancel(job: "Job") -> None:
     try:
         job.cancel()

@@ -159,6 +159,8 @@ class FitConfig:
     """
     noise_range: tuple[float, float] = (1.0, 2.5)
     """Bounds of the factor that the noise puts on the weights; under 1 is no better on the noisiest clouds tried."""
+    quadratic_noises: float = 1.0
+    """Up to this many times the noise of the cloud the surface term is quadratic (Huber); 0 is the published |phi|."""
     omega_spacing: float | None = 3.0
     """Largest product of omega and the mean distance between neighbouring points; omega is lowered to it.
 
@@ -176,6 +178,8 @@ class FitConfig:
         _require(0 <= self.beta2 < 1, f"beta2 is {self.beta2}; it must be in [0, 1)")
         for name in ("warm_up_share", "warm_start_share", "low_precision_share", "untrusted_share"):
             _require(0 <= getattr(self, name) <= 1, f"{name} is {getattr(self, name)}; it must be 0 to 1")
+        width = self.quadratic_noises
+        _require(0 <= width < math.inf, f"quadratic_noises is {width}; it must be zero or positive")
         clip = self.clip_norm
         _require(clip is None or clip > 0, f"clip_norm is {clip}; it must be positive")
         _require(0 < self.alpha < math.inf, f"alpha is {self.alpha}; it must be positive")
@@ -384,6 +388,7 @@ PRESETS: Mapping[str, Preset] = {
             clip_norm=1.0,
             untrusted_share=1.0,
             reference_noise=None,
+            quadratic_noises=0.0,
             omega_spacing=None,
             weights=LossWeights(surface=3e3, normal=100.0, off_surface=100.0, eikonal=50.0, distance=0.0),
             pool=PoolConfig(near_share=0.0, inside_confidence=math.inf, outside_confidence=math.inf),

@@ -11,6 +11,7 @@ SdfServerError
 +-- DivergenceError         the fit left its bounds and did not recover
 +-- ExtractionError         the field cannot be meshed
 |   +-- NoSurfaceError      it has no surface at this level
++-- CommandError            another program, run beside sdfserver to compare, failed
 +-- Stopped                 the caller asked for an end before there was a result
 +-- ServiceError            a server did not do what was asked of it; `.problem` says why, where it said so
     +-- ConnectionFailed    no answer, however often it was asked
@@ -82,6 +83,10 @@ class NoSurfaceError(ExtractionError):
     def scaled(self, factor: float) -> "NoSurfaceError":
         """The same in another unit."""
         return NoSurfaceError(self.level * factor, self.lowest * factor, self.highest * factor)
+
+
+class CommandError(SdfServerError):
+    """Another program, run beside sdfserver to compare them, failed."""
 
 
 class Stopped(SdfServerError):  # noqa: N818 - what the caller wished for, not a fault

@@ -330,9 +330,9 @@ def _descend(grid: _Grid) -> tuple[_Lattice, Tensor]:
 
 
 def _coarsest_stride(resolution: int) -> int:
-    """The power of two that cuts the cube into 16 to 32 blocks a side, or 32 and more from 256 cells on."""
-    blocks, stride = (32 if resolution >= 256 else 16), 1
-    while resolution // (2 * stride) >= blocks:
+    """The power of two that cuts the cube into 16 to 32 blocks a side."""
+    stride = 1
+    while resolution // (2 * stride) >= 16:
         stride *= 2
     return stride
 

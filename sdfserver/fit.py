@@ -103,6 +103,8 @@ class FitReport:
     """How the fit went."""
 
     steps: int
+    warm_start_steps: int
+    """Of these, steps of plain regression."""
     restarts: tuple[str, ...]
     """Why the fit went back to its last good state, if it did."""
     seconds_pool: float
@@ -203,6 +205,7 @@ def fit(
             break
     return fitted, FitReport(
         steps=tell.steps,
+        warm_start_steps=sum(leg.warm_start_steps for leg in legs[: tell.legs]),
         restarts=tuple(restarts),
         seconds_pool=pool_ready - start,
         seconds_fit=time.perf_counter() - pool_ready,
@@ -396,11 +399,10 @@ def _terms(
     dtype: torch.dtype | None,
 ) -> dict[str, Tensor]:
     """The loss terms of one step on a fresh batch, phi in `dtype`; `warm` is the regression that comes first."""
-    device = samples.points.device
     n = config.batch_surface
-    rows = torch.randint(len(samples.points), (n,), generator=generator, device=device)
+    rows = _draw(n, len(samples.points), generator)
     points, normals = samples.points[rows], samples.normals[rows]
-    space = samples.pool[torch.randint(len(samples.pool), (config.batch_space,), generator=generator, device=device)]
+    space = samples.pool[_draw(config.batch_space, len(samples.pool), generator)]
     x = torch.cat([points, space.points])
     if warm:
         phi = model(x, dtype=dtype)
@@ -408,7 +410,7 @@ def _terms(
         return {"warm_start": (phi - target).abs().mean()}
     phi, gradient = model.value_and_gradient(x, dtype=dtype)
     return {
-        "surface": surface_loss(phi[:n]),
+        "surface": surface_loss(phi[:n], config.quadratic_noises * samples.noise.least),
         "normal": normal_loss(gradient[:n], normals),
         "eikonal": eikonal_loss(gradient),
         "off_surface": signed_off_surface_loss(
@@ -416,6 +418,11 @@ def _terms(
         ),
         "distance": distance_loss(phi[n:], space.signed_distance, space.far),
     }
+
+
+def _draw(n: int, total: int, generator: torch.Generator) -> Tensor:
+    """A batch of `n` rows out of `total`."""
+    return torch.randint(total, (n,), generator=generator, device=generator.device)
 
 
 @torch.no_grad()

@@ -7,9 +7,17 @@ import torch
 from torch import Tensor
 
 
-def surface_loss(phi: Tensor) -> Tensor:
-    """Mean |phi| on the cloud (Sitzmann et al. 2020, equation 6)."""
-    return phi.abs().mean()
+def surface_loss(phi: Tensor, width: float = 0.0) -> Tensor:
+    """Mean |phi| on the cloud (Sitzmann et al. 2020, equation 6), or with a `width` Huber's form of it (1964).
+
+    That is phi^2 / (2 width) up to the width and |phi| - width / 2 beyond. Where the points scatter by about as much,
+    their mean is a closer estimate than their median; and no step is pushed about by points that are as near as that.
+    """
+    size = phi.abs()
+    if width == 0:
+        return size.mean()
+    inner = size.clamp(max=width)
+    return (inner * (size - inner / 2) / width).mean()
 
 
 def normal_loss(gradient: Tensor, normals: Tensor) -> Tensor:

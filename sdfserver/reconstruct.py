@@ -268,7 +268,12 @@ def mesh_field(
         "config": {"mesh": asdict(config)},
         "seconds": {stage: clock.seconds[stage] for stage in MESH_STAGES},
         "input_to_mesh": accuracy,
-        "mesh": {**health, "resolution": resolution, "field_evaluations": surface.evaluations},
+        "mesh": {
+            **health,
+            "resolution": resolution,
+            "field_evaluations": surface.evaluations,
+            "gradient_evaluations": surface.gradient_evaluations,
+        },
     }
     return MeshedField(mesh=triangles, report=report)
 
@@ -344,6 +349,7 @@ def fit_section(report: FitReport, frame: Frame) -> dict[str, Any]:
     """What a report says of the fit, in world units."""
     return {
         "steps": report.steps,
+        "warm_start_steps": report.warm_start_steps,
         "restarts": list(report.restarts),
         "low_precision_steps": report.low_precision_steps,
         "losses": report.losses,
@@ -364,6 +370,7 @@ def local_section(report: RefineReport, frame: Frame) -> dict[str, Any]:
     return {
         "cells_tried": report.tried,
         "cells_kept": report.kept,
+        "cell_steps": report.cell_steps,
         "cells_per_side": list(report.sides),
         "held_out": {"coarse": report.before / frame.scale, "local": report.after / frame.scale},
         "seconds": report.seconds,

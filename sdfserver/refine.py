@@ -56,6 +56,8 @@ class RefineReport:
     """Cells that got a network."""
     kept: int
     """Of these, the cells where it is better than the coarse one on the held-out points."""
+    cell_steps: int
+    """Steps of all cells' fits together."""
     sides: tuple[int, ...]
     """Cells along each side of the cube, of the levels that were kept."""
     seconds: float
@@ -96,13 +98,14 @@ class _Verdict:
     """How k cells stand on their held-out points, `held` (k,) each.
 
     before, after: (k, 2), the coarse and the local networks' mean distance and mean 1 - cos to the normals there.
-    sound: (k,) bool, the local network is finite and has no sheets of its own.
+    sound: (k,) bool, the local network is finite and has no sheets of its own. steps: (k,) that its fit took.
     """
 
     held: Tensor
     before: Tensor
     after: Tensor
     sound: Tensor
+    steps: Tensor
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -119,7 +122,7 @@ class FittedCells(_Verdict):
     networks: dict[str, Tensor]
 
 
-_JUDGED = ("held", "before", "after", "sound")
+_JUDGED = ("held", "before", "after", "sound", "steps")
 _SAVED = ("cells", *_JUDGED)
 
 
@@ -161,7 +164,9 @@ class Refinement:
         total, done, found = sum(len(members.cells) for _, members, _ in plan), 0, []
         for planned, members, before in plan:
             nobody = members.held[:0]  # all that is known of a level where nothing is tried
-            verdicts = [_Verdict(held=nobody.float(), before=before[:0], after=before[:0], sound=nobody > 0)]
+            verdicts = [
+                _Verdict(held=nobody.float(), before=before[:0], after=before[:0], sound=nobody > 0, steps=nobody)
+            ]
             parts: list[dict[str, Tensor]] = []
             for some in _groups(members):
                 sirens, verdict = _fit_cells(
@@ -191,7 +196,7 @@ class Refinement:
         tried = [part for part in found if len(part.cells)]
         if not tried:
             return self._coarse, RefineReport(
-                tried=0, kept=0, sides=(), seconds=self._seconds, before=math.nan, after=math.nan
+                tried=0, kept=0, cell_steps=0, sides=(), seconds=self._seconds, before=math.nan, after=math.nan
             )
         overall = _joined(tried)
         average = _gains(overall).T @ overall.held / overall.held.sum()
@@ -215,6 +220,7 @@ class Refinement:
         report = RefineReport(
             tried=sum(len(part.cells) for part in tried),
             kept=sum(len(level.cells) for level in levels),
+            cell_steps=int(overall.steps.sum()),
             sides=tuple(level.grid.side for level in levels),
             seconds=self._seconds,
             before=float(overall.before[:, 0] @ overall.held / overall.held.sum()),
@@ -385,7 +391,13 @@ def _fit_cells(
         clearly = held_target.abs() > (2 * doubt).clamp_min(CLEARLY_OFF)
         wrong = ((sirens(space[:, fitted_to:]) * held_target < 0) & clearly).float().mean(dim=1)
     sound = torch.isfinite(after).all(dim=1) & (wrong <= MAX_WRONG_SIGNS)
-    return sirens.requires_grad_(False), _Verdict(held=members.held.float(), before=before, after=after, sound=sound)
+    return sirens.requires_grad_(False), _Verdict(
+        held=members.held.float(),
+        before=before,
+        after=after,
+        sound=sound,
+        steps=torch.full_like(members.held, step + 1),
+    )
 
 
 def _start_as_planes(sirens: LocalSirens, space: Tensor, target: Tensor) -> None:

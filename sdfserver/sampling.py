@@ -15,7 +15,7 @@ from torch import Tensor
 from sdfserver.cloud import PointCloud
 from sdfserver.config import PoolConfig
 from sdfserver.errors import CloudError
-from sdfserver.winding import Dipoles, dipole_levels, mean_spacing, point_areas, winding_number
+from sdfserver.winding import DipoleTree, blurred_distance, mean_spacing, point_areas, winding_number
 
 FAR_SPACINGS, FAR_NOISES = 2, 8
 """Beyond this many mean spacings, and standard deviations of the noise, the nearest point of the cloud is as far as the
@@ -146,7 +146,11 @@ def sketch_samples(sketch: PointCloud, config: PoolConfig, rng: np.random.Genera
     spacing = mean_spacing(areas)
     noise = estimate_noise(points, normals, tree, rng)
     far = max(FAR_SPACINGS * spacing, FAR_NOISES * noise.least)
-    pool = _space_pool(points, tree, dipole_levels(points, normals, areas), far, config, rng)
+    positions = pool_positions(points, config, rng)
+    w = winding_number(_tensor(positions), DipoleTree(points, normals, areas))
+    pool = _space_pool(
+        positions, tree.query(positions, workers=-1)[0], w, near=blurred_distance(areas), far=far, config=config
+    )
     shuffled = rng.permutation(len(points))
     n_held = min(max(MIN_HELD_POINTS, round(HELD_SHARE * len(points))), MAX_HELD_POINTS)
     held, kept = shuffled[:n_held], np.sort(shuffled[n_held:])
@@ -231,31 +235,30 @@ def estimate_noise(
 
 
 def _space_pool(
-    points: NDArray[np.float64],
-    tree: cKDTree,
-    levels: list[Dipoles],
+    positions: NDArray[np.float64],
+    distances: NDArray[np.float64],
+    w: Tensor,
+    *,
+    near: float,
     far: float,
     config: PoolConfig,
-    rng: np.random.Generator,
 ) -> SpacePool:
-    """A pool of `config.size` samples, a share of them scattered around the cloud and the rest uniform in the cube.
+    """A pool of samples at `positions` (m, 3), from their `distances` (m,) to the cloud and winding numbers w (m,).
 
-    Beyond `far` the distance to the nearest point is that to the surface.
+    Nearer than `near` no sign is trusted; beyond `far` the distance to the nearest point is that to the surface.
     """
-    positions = _positions(points, config, rng)
-    samples, distances = _tensor(positions), _tensor(tree.query(positions, workers=-1)[0])
-    w = winding_number(samples, distances, levels)
-    clear = distances > levels[-1].spacing
+    distance = _tensor(distances)
+    clear = distance > near
     if _seen_from_inside(w[clear]):
-        w += 1
+        w = w + 1
     sure = (w > 0.5 + config.inside_confidence) | (w < 0.5 - config.outside_confidence)
     trusted = sure & clear
     return SpacePool(
-        points=samples,
-        signed_distance=torch.where(w > 0.5, -distances, distances),
-        first_guess=distances * ((0.5 - w) / FULL_GUESS).clamp(-1, 1),
+        points=_tensor(positions),
+        signed_distance=torch.where(w > 0.5, -distance, distance),
+        first_guess=distance * ((0.5 - w) / FULL_GUESS).clamp(-1, 1),
         trusted=trusted,
-        far=trusted & (distances > far),
+        far=trusted & (distance > far),
     )
 
 
@@ -268,7 +271,8 @@ def _seen_from_inside(w: Tensor) -> bool:
     return hollow > max(FEWEST_WOUND * len(w), 10 * solid)
 
 
-def _positions(points: NDArray[np.float64], config: PoolConfig, rng: np.random.Generator) -> NDArray[np.float64]:
+def pool_positions(points: NDArray[np.float64], config: PoolConfig, rng: np.random.Generator) -> NDArray[np.float64]:
+    """Where the pool's samples are (m, 3): some around `points` (n, 3), some all over the cube."""
     n_near = round(config.size * config.near_share)
     uniform = rng.random((config.size - n_near, 3)) * 2 - 1
     # A width drawn per sample puts many close to the surface and some far out.

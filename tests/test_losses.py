@@ -22,6 +22,15 @@ def test_surface_is_the_mean_of_absolute_values() -> None:
     assert surface_loss(torch.tensor([-1.0, 3.0])).item() == 2
 
 
+def test_surface_is_quadratic_up_to_its_width_and_runs_on_without_a_kink() -> None:
+    phi = torch.tensor([0.1, -0.2, 0.6], requires_grad=True)
+    loss = surface_loss(phi, 0.2)
+    assert loss.item() == pytest.approx((0.1**2 / 0.4 + 0.1 + 0.5) / 3)
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert phi.grad is not None
+    assert (3 * phi.grad).tolist() == pytest.approx([0.5, -1, 1])
+
+
 def test_normal_is_zero_along_one_across_and_two_against_the_normal_at_any_length() -> None:
     normals = torch.tensor([[0.0, 0.0, 1.0]])
     for gradient, expected in (([0.0, 0.0, 5.0], 0), ([3.0, 0.0, 0.0], 1), ([0.0, 0.0, -0.5], 2)):
