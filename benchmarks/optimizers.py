@@ -28,7 +28,7 @@ class Soap(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "factor_beta": factor_beta, "every": every})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self) -> None:
         for group in self.param_groups:
             b1, b2 = group["betas"]
             for p in group["params"]:
@@ -80,7 +80,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self) -> None:
         for group in self.param_groups:
             for p in group["params"]:
                 state = self.state[p]

@@ -11,18 +11,18 @@ budget is a share of Adam's seconds: a dearer step gets fewer of them. SCORE.py 
 """
 
 import argparse
-import importlib.util
 import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from optimizers import Muon, Soap, gauss_newton_step
+from scripts import loaded
 from torch import Tensor
 
 from sdfserver import fit as fitting
@@ -64,7 +64,7 @@ class Variant:
     finish: float = 0.0
     """Share of the seconds that is kept for Gauss-Newton steps at the end."""
     warm: float = 0.2
-    network: NetworkConfig = NetworkConfig()
+    network: NetworkConfig = field(default_factory=NetworkConfig)
     beta2: float = 0.99
     stratified: bool = False
     """Whether a batch takes one sample from each of as many stretches of a space-filling curve."""
@@ -109,6 +109,27 @@ VARIANTS: dict[str, Variant] = {
     "L": Variant(huber=1.0, batch=(0.6, 0.6), cost=0.63, stratified=True),
     "M": Variant(huber=1.0, batch=(0.6, 0.6), cost=0.63, warm=0.1, jitter=0.01),
     "N": Variant(huber=1.0, batch=(0.6, 0.6), cost=0.43, network=NetworkConfig(hidden=96)),
+    "O20": Variant(huber=1.0, batch=(0.6, 0.6), cost=0.63, stratified=True, network=NetworkConfig(omega=20.0)),
+    "O40": Variant(huber=1.0, batch=(0.6, 0.6), cost=0.63, stratified=True, network=NetworkConfig(omega=40.0)),
+    "P98": Variant(huber=1.0, batch=(0.6, 0.6), cost=0.63, stratified=True, beta2=0.97),
+    "R16": Variant(huber=1.0, batch=(0.6, 0.6), cost=0.63, stratified=True, rate=1.6e-3),
+    "R9": Variant(huber=1.0, batch=(0.6, 0.6), cost=0.63, stratified=True, rate=9e-4),
+    "S": Variant(huber=1.0, batch=(0.6, 0.6), cost=0.63, stratified=True, warm=0.1),
+    "T": Variant(huber=1.0, batch=(0.6, 0.6), cost=0.28, stratified=True, network=NetworkConfig(hidden=64)),
+    "U": Variant(huber=1.0, batch=(0.6, 0.6), cost=0.45, stratified=True, network=NetworkConfig(layers=3)),
+    "V": Variant(huber=1.0, batch=(0.6, 0.6), cost=0.43, stratified=True, network=NetworkConfig(hidden=96)),
+    "W": Variant(huber=1.0, batch=(1.0, 1.0), cost=1.0, stratified=True),
+    "X95": Variant(huber=1.0, batch=(0.6, 0.6), cost=0.63, stratified=True, beta2=0.95),
+    "X90": Variant(huber=1.0, batch=(0.6, 0.6), cost=0.63, stratified=True, beta2=0.9),
+    "Y97": Variant(
+        huber=1.0, batch=(0.6, 0.6), cost=0.43, stratified=True, beta2=0.97, network=NetworkConfig(hidden=96)
+    ),
+    "Y95": Variant(
+        huber=1.0, batch=(0.6, 0.6), cost=0.43, stratified=True, beta2=0.95, network=NetworkConfig(hidden=96)
+    ),
+    "Z95": Variant(
+        huber=1.0, batch=(0.6, 0.6), cost=0.43, stratified=True, beta2=0.95, network=NetworkConfig(hidden=96), rate=1e-3
+    ),
     "96 x 4": Variant(network=NetworkConfig(hidden=96), cost=0.68),
     "64 x 4": Variant(network=NetworkConfig(hidden=64), cost=0.43),
     "128 x 3": Variant(network=NetworkConfig(layers=3), cost=0.7),
@@ -239,10 +260,10 @@ class Seen:
     def _moved(self, x: Tensor) -> Tensor:
         return x + self.sigma * torch.randn(x.shape, generator=self.generator) if self.sigma else x
 
-    def __call__(self, x: Tensor, *, dtype: None = None) -> Tensor:
+    def __call__(self, x: Tensor, **_: object) -> Tensor:
         return self.model(self._moved(x))
 
-    def value_and_gradient(self, x: Tensor, *, dtype: None = None) -> tuple[Tensor, Tensor]:
+    def value_and_gradient(self, x: Tensor, **_: object) -> tuple[Tensor, Tensor]:
         self.phi, gradient = self.model.value_and_gradient(self._moved(x))
         return self.phi, gradient
 
@@ -302,14 +323,6 @@ def measured(model: Siren, frame: Frame, reference: Any, unit: float, score: Any
         "dC": float(to_reference.mean() + to_mesh.mean()) / 2 / unit,
         "dH": float(max(to_reference.max(), to_mesh.max())) / unit,
     }
-
-
-def loaded(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location("score", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def main() -> int:

@@ -130,6 +130,8 @@ class FitConfig:
     """Points of the cloud in a step."""
     batch_space: int = 800
     """Samples of the pool in a step."""
+    stratified: bool = True
+    """Whether a step's samples are spread evenly over all, instead of drawn independently."""
     learning_rate: float = 1.2e-3
     """Of Adam, at its height. At width 128 collapse begins between 1.6e-3 and 2e-3, at width 256 at 1e-3."""
     beta2: float = 0.99
@@ -379,6 +381,7 @@ PRESETS: Mapping[str, Preset] = {
         fit=FitConfig(
             steps=10_000,
             batch_space=1400,
+            stratified=False,
             learning_rate=1e-4,
             beta2=0.999,
             warm_up_share=0.0,

@@ -15,7 +15,7 @@ from torch import Tensor
 from sdfserver.cloud import PointCloud
 from sdfserver.config import PoolConfig
 from sdfserver.errors import CloudError
-from sdfserver.winding import DipoleTree, blurred_distance, mean_spacing, point_areas, winding_number
+from sdfserver.winding import DipoleTree, along_a_curve, blurred_distance, mean_spacing, point_areas, winding_number
 
 FAR_SPACINGS, FAR_NOISES = 2, 8
 """Beyond this many mean spacings, and standard deviations of the noise, the nearest point of the cloud is as far as the
@@ -89,11 +89,11 @@ class SpacePool:
 class Samples:
     """All that a fit draws from, and what is held out of it to judge it.
 
-    points, held_points: (n, 3) and (h, 3) float32 points of the cloud, or of a sketch of it if it is large; normals,
-        held_normals: theirs.
+    points, held_points: (n, 3) and (h, 3) float32 points of the cloud, or of a sketch of it if it is large, the first
+        along a space-filling curve; normals, held_normals: theirs.
     spacings: (n,) float32, the distance between neighbouring points of the cloud around each of `points`.
     whole_points, whole_normals: (w, 3) float32, all of the cloud; but what is held out, if that is not large.
-    pool, held_pool: samples in the space around it.
+    pool, held_pool: samples in the space around it, the first along a space-filling curve.
     spacing: mean distance between neighbouring ones of `points`.
     noise: standard deviation of the points along the normals.
     """
@@ -153,8 +153,10 @@ def sketch_samples(sketch: PointCloud, config: PoolConfig, rng: np.random.Genera
     )
     shuffled = rng.permutation(len(points))
     n_held = min(max(MIN_HELD_POINTS, round(HELD_SHARE * len(points))), MAX_HELD_POINTS)
-    held, kept = shuffled[:n_held], np.sort(shuffled[n_held:])
+    held, kept = shuffled[:n_held], shuffled[n_held:]
+    kept = kept[along_a_curve(points[kept])]
     n_pool_held = round(HELD_SHARE * config.size)
+    pool, held_pool = pool[n_pool_held:], pool[:n_pool_held]
     kept_points, kept_normals = _tensor(points[kept]), _tensor(normals[kept])
     return Samples(
         points=kept_points,
@@ -164,8 +166,8 @@ def sketch_samples(sketch: PointCloud, config: PoolConfig, rng: np.random.Genera
         whole_normals=kept_normals,
         held_points=_tensor(points[held]),
         held_normals=_tensor(normals[held]),
-        pool=pool[n_pool_held:],
-        held_pool=pool[:n_pool_held],
+        pool=pool[torch.from_numpy(along_a_curve(pool.points.numpy()))],
+        held_pool=held_pool,
         spacing=spacing,
         noise=noise,
     )

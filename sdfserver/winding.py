@@ -157,10 +157,10 @@ def winding_number(queries: Tensor, tree: DipoleTree) -> Tensor:
     return out
 
 
-def along_a_curve(queries: NDArray[np.float32]) -> NDArray[np.int64]:
-    """The order in which neighbours of `queries` (n, 3) are near each other."""
-    low = queries.min(axis=0)
-    cells = (queries - low) * (1023 / max(float((queries - low).max()), 1e-30))
+def along_a_curve(points: NDArray[np.float64] | NDArray[np.float32]) -> NDArray[np.int64]:
+    """The order of `points` (n, 3) along a Morton curve, on which neighbours are mostly near each other."""
+    low = points.min(axis=0)
+    cells = (points - low) * (1023 / max(float((points - low).max()), 1e-30))
     return _morton(cells.astype(np.int64), 10).argsort(kind="stable")
 
 

@@ -231,3 +231,15 @@ def test_the_rate_rises_then_falls() -> None:
     assert rates[0] < 0.5 * CONFIG.learning_rate
     assert rates[-1] < 0.01 * CONFIG.learning_rate
     assert all(a >= b for a, b in zip(rates[peak:], rates[peak + 1 :], strict=False))
+
+
+def test_a_stratified_batch_leaves_no_stretch_out_and_takes_none_twice() -> None:
+    generator, config = torch.Generator().manual_seed(0), FitConfig()
+    rows = fit_module._draw(100, 1000, config, generator)
+    assert (rows // 10 == torch.arange(100)).all()
+    seen = torch.cat([fit_module._draw(100, 1000, config, generator) for _ in range(200)])
+    assert len(seen.unique()) == 1000
+    few = fit_module._draw(100, 7, config, generator)
+    assert set(few.tolist()) == set(range(7))
+    random = fit_module._draw(100, 1000, replace(config, stratified=False), generator)
+    assert (random // 10 != torch.arange(100)).any()
