@@ -9,26 +9,13 @@ Needs Open3D.
 import argparse
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, ImageDraw
+from poisson import poisson
 
-from sdfserver.cloud import PointCloud
 from sdfserver.io import read_cloud, read_mesh
-from sdfserver.mesh import TriangleMesh, vertex_normals
 from sdfserver.preview import picture
 
 PX = 640
-
-
-def poisson(cloud: PointCloud, depth: int) -> TriangleMesh:
-    """Open3D's screened Poisson reconstruction."""
-    import open3d as o3d
-
-    points = o3d.geometry.PointCloud(o3d.utility.Vector3dVector(cloud.points))
-    points.normals = o3d.utility.Vector3dVector(cloud.normals)
-    mesh, _ = o3d.geometry.TriangleMesh.create_from_point_cloud_poisson(points, depth=depth)
-    vertices, faces = np.asarray(mesh.vertices), np.asarray(mesh.triangles).astype(np.int64)
-    return TriangleMesh(vertices=vertices, faces=faces, normals=vertex_normals(vertices, faces))
 
 
 def main() -> None:

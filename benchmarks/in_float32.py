@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Run a script with autocast switched off: on a processor that emulates bfloat16 it is many times faster so.
 
-    python benchmarks/in_float32.py SCRIPT.py [ARGUMENT ...]
+python benchmarks/in_float32.py SCRIPT.py [ARGUMENT ...]
 """
 
 import contextlib

@@ -130,6 +130,15 @@ VARIANTS: dict[str, Variant] = {
     "Z95": Variant(
         huber=1.0, batch=(0.6, 0.6), cost=0.43, stratified=True, beta2=0.95, network=NetworkConfig(hidden=96), rate=1e-3
     ),
+    "Y95r": Variant(
+        huber=1.0, batch=(0.6, 0.6), cost=0.43, stratified=True, beta2=0.95, network=NetworkConfig(hidden=96), rate=1.5e-3
+    ),
+    "Y95b": Variant(
+        huber=1.0, batch=(0.45, 0.45), cost=0.33, stratified=True, beta2=0.95, network=NetworkConfig(hidden=96)
+    ),
+    "Y95w": Variant(
+        huber=1.0, batch=(0.6, 0.6), cost=0.43, stratified=True, beta2=0.95, network=NetworkConfig(hidden=96), warm=0.1
+    ),
     "96 x 4": Variant(network=NetworkConfig(hidden=96), cost=0.68),
     "64 x 4": Variant(network=NetworkConfig(hidden=64), cost=0.43),
     "128 x 3": Variant(network=NetworkConfig(layers=3), cost=0.7),

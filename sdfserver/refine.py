@@ -83,7 +83,7 @@ class _Members:
     count: Tensor
     held: Tensor
 
-    def __getitem__(self, some: Tensor) -> "_Members":
+    def __getitem__(self, some: Tensor | slice) -> "_Members":
         picked = {name: getattr(self, name)[some] for name in ("cells", "start", "count", "held")}
         return replace(self, **picked)
 
@@ -142,18 +142,21 @@ class Refinement:
         normals: Tensor,
         leaves: list[tuple[CellGrid, Tensor]],
         *,
-        piece: int = 0,
+        piece: int | None = None,
         on_progress: Callable[[float], None] | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> list[FittedCells]:
         """Networks for `leaves`, grids and their cells, from all points (n, 3) and normals (n, 3) in these cells.
+
+        `piece` numbers this piece of the cloud; None is the whole, of which nothing is fitted when too few of its cells
+        are worth a try for any to be kept.
 
         `on_progress` gets a rising share from 0 to 1; `should_stop` is asked before every step. Raises Stopped when it
         says so.
         """
         begin = time.perf_counter()
         on_progress, should_stop = on_progress or (lambda _: None), should_stop or (lambda: False)
-        generator = torch.Generator().manual_seed(self._seed + 1 + 65_537 * piece)
+        generator = torch.Generator().manual_seed(self._seed + 1 + 65_537 * (piece or 0))
         shuffled = torch.randperm(len(points), generator=generator).to(points.device)
         points, normals = points[shuffled], normals[shuffled]
         floor = self._config.worth * MEAN_OF_NORMAL * self._noise
@@ -162,6 +165,8 @@ class Refinement:
             members = _members(points, normals, grid, cells, self._config)
             plan.append((len(members.cells), *_worth_it(self._coarse, members, floor)))
         total, done, found = sum(len(members.cells) for _, members, _ in plan), 0, []
+        if piece is None and total < self._config.least_kept * sum(planned for planned, _, _ in plan):
+            plan = [(planned, members[:0], before[:0]) for planned, members, before in plan]
         for planned, members, before in plan:
             nobody = members.held[:0]  # all that is known of a level where nothing is tried
             verdicts = [
