@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """What reaches the reference first: optimisers, schedules, batches, losses and networks at equal seconds.
 
-    python benchmarks/study.py --score SCORE.py --json FILE [--variants "adam;soap 2e-3"] [--cases a,b] [--seeds 0,1,2]
-                               [--budgets 0.25,0.5,1]
+    python benchmarks/study.py --json FILE --score SCORE.py [--variants "first;soap 2e-3"] [--cases a,b]
+                               [--seeds 0,1,2] [--budgets 0.25,0.5,1]
+    python benchmarks/study.py --json FILE --plot PICTURE.png
 
-Fits the first stage alone, one network without local ones, on one thread, for shares of the number of steps of
-`standard`; then meshes it at 192^3 and measures the mean distance from and to the reference, in the score's units. A
-budget is a share of Adam's seconds: a dearer step gets fewer of them. SCORE.py names the cases and has `load_case` and
+Fits one network, without local ones, on one thread; then meshes it at 192^3 and measures the mean distance from and to
+the reference, in the score's units. A budget is a share of the seconds of 1300 steps of the fit that the study began
+with: a dearer step gets fewer of them. SCORE.py names the cases and has `load_case` and
 `closest`. Results are added to FILE, and what is in it already is not run again.
 """
 
@@ -27,12 +28,12 @@ from torch import Tensor
 
 from sdfserver import fit as fitting
 from sdfserver.cloud import Frame, PointCloud
-from sdfserver.config import PRESETS, FitConfig, NetworkConfig
+from sdfserver.config import FitConfig, NetworkConfig
 from sdfserver.extract import extract
 from sdfserver.field import SignedDistanceField
 from sdfserver.sampling import Samples, draw_samples
 from sdfserver.siren import Siren
-from sdfserver.winding import along_a_curve, spacing_of
+from sdfserver.winding import spacing_of
 
 RESOLUTION = 192
 SAMPLES = 100_000
@@ -40,108 +41,97 @@ COLLAPSED = 0.03
 """Share of wrong signs from which on there is no surface worth measuring."""
 
 
+FIRST = FitConfig(steps=1300, batch_surface=1400, batch_space=800, beta2=0.99, quadratic_noises=0.0, stratified=False)
+"""The fit that the study began with, and of which the budgets are shares; its network was 128 wide."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Variant:
     """One way to spend the seconds."""
 
+    config: FitConfig = FIRST
+    network: NetworkConfig = field(default_factory=lambda: NetworkConfig(hidden=128))
+    cost: float = 1.0
+    """Seconds of a step beside the first fit's, as measured: fewer steps are taken for it."""
     optimizer: str = "adam"
-    rate: float = 1.2e-3
     hidden_rate: float = 0.0
     """Of Muon, for the hidden matrices."""
-    cost: float = 1.0
-    """Seconds of a step beside Adam's at the batch of `standard`, as measured: fewer steps are taken for it."""
     schedule: str = "cosine"
     batch: tuple[float, float] = (1.0, 1.0)
-    """Shares of the batch of `standard` at the start and at the end; linear between."""
+    """Factors of the batch at the start and at the end; linear between."""
     surface: tuple[float, float] = (1.0, 1.0)
     """Factors of the surface and normal weights at the start and at the end; linear between."""
     jitter: float = 0.0
     """Standard deviation of what is added to the samples at the start; it falls to 0 in a third of the steps."""
     scale: float = 1.0
     """Factor of all initial weights but the last layer's."""
-    huber: float = 0.0
-    """Below this many times the noise the surface term is quadratic."""
     finish: float = 0.0
     """Share of the seconds that is kept for Gauss-Newton steps at the end."""
-    warm: float = 0.2
-    network: NetworkConfig = field(default_factory=NetworkConfig)
-    beta2: float = 0.99
-    stratified: bool = False
-    """Whether a batch takes one sample from each of as many stretches of a space-filling curve."""
+
+
+QUADRATIC = replace(FIRST, quadratic_noises=1.0)
+SMALLER = replace(QUADRATIC, batch_surface=840, batch_space=480)
+EVEN = replace(SMALLER, stratified=True)
+QUICK = replace(EVEN, beta2=0.95)
+
+
+def wide(hidden: int, layers: int = 4, omega: float = 30.0) -> NetworkConfig:
+    return NetworkConfig(hidden=hidden, layers=layers, omega=omega)
 
 
 VARIANTS: dict[str, Variant] = {
-    "adam": Variant(),
-    "adam 8e-4": Variant(rate=8e-4),
-    "adam linear": Variant(schedule="linear"),
-    "adam flat then down": Variant(schedule="trapezoid"),
-    "adam no warm start": Variant(warm=0.0),
-    "adam warm start 0.1": Variant(warm=0.1),
-    "soap 1e-3": Variant(optimizer="soap", rate=1e-3, cost=1.15),
-    "soap 2e-3": Variant(optimizer="soap", rate=2e-3, cost=1.15),
-    "soap 4e-3": Variant(optimizer="soap", rate=4e-3, cost=1.15),
+    "first": Variant(),
+    # What was kept, one after another.
+    "quadratic below the noise": Variant(config=QUADRATIC),
+    "and a smaller batch": Variant(config=SMALLER, cost=0.63),
+    "and even batches": Variant(config=EVEN, cost=0.63),
+    "and beta2 0.95, width 96: kept": Variant(config=QUICK, network=wide(96), cost=0.43),
+    # Steps of another kind, from the first fit.
+    "soap 1e-3": Variant(config=replace(FIRST, learning_rate=1e-3), optimizer="soap", cost=1.15),
+    "soap 2e-3": Variant(config=replace(FIRST, learning_rate=2e-3), optimizer="soap", cost=1.15),
+    "soap 4e-3": Variant(config=replace(FIRST, learning_rate=4e-3), optimizer="soap", cost=1.15),
+    "muon 1e-3": Variant(optimizer="muon", hidden_rate=1e-3, cost=1.1),
     "muon 2e-3": Variant(optimizer="muon", hidden_rate=2e-3, cost=1.1),
     "muon 5e-3": Variant(optimizer="muon", hidden_rate=5e-3, cost=1.1),
     "muon 1e-2": Variant(optimizer="muon", hidden_rate=1e-2, cost=1.1),
+    "gauss-newton at the end": Variant(finish=0.3),
+    # Schedules and starts, from the first fit.
     "batch grows": Variant(batch=(0.4, 1.6)),
     "half batch": Variant(batch=(0.5, 0.5), cost=0.55),
-    "half batch, 8e-4": Variant(batch=(0.5, 0.5), cost=0.55, rate=8e-4),
     "surface weight grows": Variant(surface=(0.3, 1.7)),
     "jitter 1%": Variant(jitter=0.02),
     "jitter 2%": Variant(jitter=0.04),
-    "scaled init 1.5": Variant(scale=1.5),
-    "scaled init 2": Variant(scale=2.0),
-    "huber": Variant(huber=1.0),
-    "huber 2": Variant(huber=2.0),
-    "gauss-newton at the end": Variant(finish=0.3),
-    "muon 1e-3": Variant(optimizer="muon", hidden_rate=1e-3, cost=1.1),
-    "A": Variant(huber=1.0, surface=(0.3, 1.7), warm=0.1),
-    "B": Variant(huber=1.0, surface=(0.3, 1.7), warm=0.1, jitter=0.02),
-    "C": Variant(huber=1.0, surface=(0.3, 1.7), warm=0.1, optimizer="muon", hidden_rate=2e-3, cost=1.1),
-    "D": Variant(huber=1.0, surface=(0.3, 1.7), warm=0.1, batch=(0.6, 0.6), cost=0.65),
-    "E": Variant(huber=1.0, batch=(0.6, 0.6), cost=0.63),
-    "F": Variant(huber=2.0, batch=(0.6, 0.6), cost=0.63),
-    "G": Variant(huber=3.0),
-    "H": Variant(huber=1.0, batch=(0.4, 0.4), cost=0.45),
-    "I": Variant(huber=1.0, batch=(0.6, 0.6), cost=0.63, warm=0.1),
-    "J": Variant(huber=1.0, batch=(0.6, 0.6), cost=0.63, jitter=0.01),
-    "K": Variant(huber=1.0, batch=(0.6, 0.6), cost=0.63, rate=9e-4),
-    "L": Variant(huber=1.0, batch=(0.6, 0.6), cost=0.63, stratified=True),
-    "M": Variant(huber=1.0, batch=(0.6, 0.6), cost=0.63, warm=0.1, jitter=0.01),
-    "N": Variant(huber=1.0, batch=(0.6, 0.6), cost=0.43, network=NetworkConfig(hidden=96)),
-    "O20": Variant(huber=1.0, batch=(0.6, 0.6), cost=0.63, stratified=True, network=NetworkConfig(omega=20.0)),
-    "O40": Variant(huber=1.0, batch=(0.6, 0.6), cost=0.63, stratified=True, network=NetworkConfig(omega=40.0)),
-    "P98": Variant(huber=1.0, batch=(0.6, 0.6), cost=0.63, stratified=True, beta2=0.97),
-    "R16": Variant(huber=1.0, batch=(0.6, 0.6), cost=0.63, stratified=True, rate=1.6e-3),
-    "R9": Variant(huber=1.0, batch=(0.6, 0.6), cost=0.63, stratified=True, rate=9e-4),
-    "S": Variant(huber=1.0, batch=(0.6, 0.6), cost=0.63, stratified=True, warm=0.1),
-    "T": Variant(huber=1.0, batch=(0.6, 0.6), cost=0.28, stratified=True, network=NetworkConfig(hidden=64)),
-    "U": Variant(huber=1.0, batch=(0.6, 0.6), cost=0.45, stratified=True, network=NetworkConfig(layers=3)),
-    "V": Variant(huber=1.0, batch=(0.6, 0.6), cost=0.43, stratified=True, network=NetworkConfig(hidden=96)),
-    "W": Variant(huber=1.0, batch=(1.0, 1.0), cost=1.0, stratified=True),
-    "X95": Variant(huber=1.0, batch=(0.6, 0.6), cost=0.63, stratified=True, beta2=0.95),
-    "X90": Variant(huber=1.0, batch=(0.6, 0.6), cost=0.63, stratified=True, beta2=0.9),
-    "Y97": Variant(
-        huber=1.0, batch=(0.6, 0.6), cost=0.43, stratified=True, beta2=0.97, network=NetworkConfig(hidden=96)
+    "scaled start 1.5": Variant(scale=1.5),
+    "scaled start 2": Variant(scale=2.0),
+    "rate 8e-4": Variant(config=replace(FIRST, learning_rate=8e-4)),
+    "linear": Variant(schedule="linear"),
+    "flat then down": Variant(schedule="trapezoid"),
+    "warm start 0.1": Variant(config=replace(FIRST, warm_start_share=0.1)),
+    "no warm start": Variant(config=replace(FIRST, warm_start_share=0.0)),
+    # Around what was kept.
+    "even, quadratic below 3 noises": Variant(config=replace(QUADRATIC, quadratic_noises=3.0)),
+    "even, batch 0.4": Variant(config=replace(QUADRATIC, batch_surface=560, batch_space=320), cost=0.45),
+    "even, beta2 0.97": Variant(config=replace(EVEN, beta2=0.97), cost=0.63),
+    "even, beta2 0.95": Variant(config=replace(EVEN, beta2=0.95), cost=0.63),
+    "even, beta2 0.9": Variant(config=replace(EVEN, beta2=0.9), cost=0.63),
+    "even, width 96": Variant(config=EVEN, network=wide(96), cost=0.43),
+    "even, width 64": Variant(config=EVEN, network=wide(64), cost=0.28),
+    "even, 3 layers": Variant(config=EVEN, network=wide(128, 3), cost=0.45),
+    "even, omega 20": Variant(config=EVEN, network=wide(128, 4, 20.0), cost=0.63),
+    "even, omega 40": Variant(config=EVEN, network=wide(128, 4, 40.0), cost=0.63),
+    "even, rate 9e-4": Variant(config=replace(EVEN, learning_rate=9e-4), cost=0.63),
+    "even, rate 1.6e-3": Variant(config=replace(EVEN, learning_rate=1.6e-3), cost=0.63),
+    "kept, rate 1e-3": Variant(config=replace(QUICK, learning_rate=1e-3), network=wide(96), cost=0.43),
+    "kept, rate 1.5e-3": Variant(config=replace(QUICK, learning_rate=1.5e-3), network=wide(96), cost=0.43),
+    "kept, rate 1.8e-3": Variant(config=replace(QUICK, learning_rate=1.8e-3), network=wide(96), cost=0.43),
+    "kept, warm start 0.1": Variant(config=replace(QUICK, warm_start_share=0.1), network=wide(96), cost=0.43),
+    "kept, batch 0.45": Variant(config=replace(QUICK, batch_surface=630, batch_space=360), network=wide(96), cost=0.33),
+    "kept, width 80": Variant(config=QUICK, network=wide(80), cost=0.36),
+    "kept, width 64": Variant(config=QUICK, network=wide(64), cost=0.28),
+    "kept, 3 layers": Variant(config=QUICK, network=wide(96, 3), cost=0.32),
+    "kept, 5 layers": Variant(
+        config=replace(QUICK, batch_surface=700, batch_space=400), network=wide(96, 5), cost=0.46
     ),
-    "Y95": Variant(
-        huber=1.0, batch=(0.6, 0.6), cost=0.43, stratified=True, beta2=0.95, network=NetworkConfig(hidden=96)
-    ),
-    "Z95": Variant(
-        huber=1.0, batch=(0.6, 0.6), cost=0.43, stratified=True, beta2=0.95, network=NetworkConfig(hidden=96), rate=1e-3
-    ),
-    "Y95r": Variant(
-        huber=1.0, batch=(0.6, 0.6), cost=0.43, stratified=True, beta2=0.95, network=NetworkConfig(hidden=96), rate=1.5e-3
-    ),
-    "Y95b": Variant(
-        huber=1.0, batch=(0.45, 0.45), cost=0.33, stratified=True, beta2=0.95, network=NetworkConfig(hidden=96)
-    ),
-    "Y95w": Variant(
-        huber=1.0, batch=(0.6, 0.6), cost=0.43, stratified=True, beta2=0.95, network=NetworkConfig(hidden=96), warm=0.1
-    ),
-    "96 x 4": Variant(network=NetworkConfig(hidden=96), cost=0.68),
-    "64 x 4": Variant(network=NetworkConfig(hidden=64), cost=0.43),
-    "128 x 3": Variant(network=NetworkConfig(layers=3), cost=0.7),
 }
 
 
@@ -155,20 +145,6 @@ def schedule(kind: str, t: float, warm_up: float = 0.02) -> float:
     return rise * (0.5 * (1 + np.cos(np.pi * t)) + 1e-3)
 
 
-uniform = fitting._draw
-
-
-def stratified(n: int, total: int, generator: torch.Generator) -> Tensor:
-    """One row from each of n stretches of all."""
-    return ((torch.arange(n) + torch.rand(n, generator=generator)) * (total / n)).long().clamp(max=total - 1)
-
-
-def sorted_along_a_curve(samples: Samples) -> Samples:
-    """The same samples, neighbours in space being neighbours in order."""
-    rows, space = (torch.from_numpy(along_a_curve(x.numpy())) for x in (samples.points, samples.pool.points))
-    return replace(samples, points=samples.points[rows], normals=samples.normals[rows], pool=samples.pool[space])
-
-
 def between(ends: tuple[float, float], t: float) -> float:
     return ends[0] + (ends[1] - ends[0]) * t
 
@@ -176,8 +152,9 @@ def between(ends: tuple[float, float], t: float) -> float:
 class Fit:
     """One fit of a variant, on `samples`."""
 
-    def __init__(self, samples: Samples, variant: Variant, config: FitConfig, seed: int) -> None:
-        self.samples, self.variant, self.config = samples, variant, config
+    def __init__(self, samples: Samples, variant: Variant, seed: int) -> None:
+        self.samples, self.variant, self.config = samples, variant, variant.config
+        config = variant.config
         network = replace(variant.network, omega=config.omega_for(variant.network.omega, samples.spacing))
         self.model = Siren(network, generator=torch.Generator().manual_seed(seed))
         self.generator = torch.Generator().manual_seed(seed)
@@ -188,9 +165,6 @@ class Fit:
 
     def run(self, steps: int) -> None:
         variant, config = self.variant, self.config
-        fitting._draw = stratified if variant.stratified else uniform
-        if variant.stratified:
-            self.samples = sorted_along_a_curve(self.samples)
         optimizers = self.optimizers()
         rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
         last = round(steps * (1 - variant.finish))
@@ -217,26 +191,20 @@ class Fit:
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         variant, parameters = self.variant, list(self.model.parameters())
-        betas = (0.9, variant.beta2)
+        betas, rate = (0.9, self.config.beta2), self.config.learning_rate
         if variant.optimizer == "soap":
-            return [Soap(parameters, variant.rate, betas=betas)]
+            return [Soap(parameters, rate, betas=betas)]
         if variant.optimizer == "muon":
             hidden = list(self.model.weights)[1:-1]
             others = [p for p in parameters if not any(p is h for h in hidden)]
-            return [Muon(hidden, variant.hidden_rate), torch.optim.Adam(others, lr=variant.rate, betas=betas)]
-        return [torch.optim.Adam(parameters, lr=variant.rate, betas=betas)]
+            return [Muon(hidden, variant.hidden_rate), torch.optim.Adam(others, lr=rate, betas=betas)]
+        return [torch.optim.Adam(parameters, lr=rate, betas=betas)]
 
     def terms(self, config: FitConfig, t: float) -> dict[str, Tensor]:
-        variant = self.variant
-        warm = t < variant.warm
-        model: Any = self.model
-        sigma = variant.jitter * max(0.0, 1 - 3 * t)
-        if sigma or variant.huber:
-            model = Seen(self.model, sigma, self.generator)
-        terms = fitting._terms(model, self.samples, config, self.generator, warm=warm, dtype=None)
-        if variant.huber and not warm:
-            terms["surface"] = huber(model.phi[: config.batch_surface], variant.huber * self.samples.noise.least)
-        return terms
+        sigma = self.variant.jitter * max(0.0, 1 - 3 * t)
+        model: Any = Jittered(self.model, sigma, self.generator) if sigma else self.model
+        warm = t < config.warm_start_share
+        return fitting._terms(model, self.samples, config, self.generator, warm=warm, dtype=None)
 
     def finish(self, steps: int, iterations: int = 10) -> None:
         """Gauss-Newton on a batch each, of a smooth form of the terms; each takes about as long as 40 steps of Adam."""
@@ -260,26 +228,20 @@ class Fit:
                 p.copy_(params[name])
 
 
-class Seen:
-    """A network that is asked at jittered points, and keeps what it answered."""
+class Jittered:
+    """A network that is asked beside the points that it is given."""
 
     def __init__(self, model: Siren, sigma: float, generator: torch.Generator) -> None:
         self.model, self.sigma, self.generator = model, sigma, generator
 
     def _moved(self, x: Tensor) -> Tensor:
-        return x + self.sigma * torch.randn(x.shape, generator=self.generator) if self.sigma else x
+        return x + self.sigma * torch.randn(x.shape, generator=self.generator)
 
     def __call__(self, x: Tensor, **_: object) -> Tensor:
-        return self.model(self._moved(x))
+        return self.model.forward(self._moved(x))
 
     def value_and_gradient(self, x: Tensor, **_: object) -> tuple[Tensor, Tensor]:
-        self.phi, gradient = self.model.value_and_gradient(self._moved(x))
-        return self.phi, gradient
-
-
-def huber(phi: Tensor, width: float) -> Tensor:
-    size = phi.abs()
-    return torch.where(size < width, phi * phi / (2 * width), size - width / 2).mean()
+        return self.model.value_and_gradient(self._moved(x))
 
 
 def smooth_residuals(
@@ -334,22 +296,92 @@ def measured(model: Siren, frame: Frame, reference: Any, unit: float, score: Any
     }
 
 
+def relative(rows: list[dict[str, Any]]) -> dict[tuple[str, float], tuple[float, dict[str, float], int]]:
+    """By variant and budget: the geometric mean, over cases, of the error beside the first fit's at half its steps; the
+    mean error by case; and how many fits collapsed."""
+    found: dict[tuple[str, float], dict[str, list[float]]] = {}
+    for row in rows:
+        cases = found.setdefault((row["variant"], row["budget"]), {})
+        cases.setdefault(row["case"], []).append(row.get("dC", np.nan))
+    means = {
+        key: {case: float(np.nanmean(errors)) for case, errors in cases.items() if np.isfinite(errors).any()}
+        for key, cases in found.items()
+    }
+    first = means[("first", 0.5)]
+    return {
+        key: (
+            float(np.exp(np.mean([np.log(errors[case] / first[case]) for case in errors if case in first]))),
+            errors,
+            sum(int(np.isnan(each).sum()) for each in found[key].values()),
+        )
+        for key, errors in means.items()
+        if any(case in first for case in errors)
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown: a line for a variant and budget, the mean over seeds for each case."""
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    lines = ["| variant | share of the seconds | beside the first at half | " + " | ".join(cases) + " | collapsed |"]
+    lines.append("|---" * (len(cases) + 4) + "|")
+    for (variant, budget), (mean, errors, collapsed) in relative(rows).items():
+        cells = " | ".join(f"{errors[case]:.4f}" if case in errors else "" for case in cases)
+        lines.append(f"| {variant} | {budget:g} | {mean:.3f} | {cells} | {collapsed or ''} |")
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Error beside the first fit's against the share of its seconds, a line a variant."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for (variant, budget), (mean, _, _) in relative(rows).items():
+        curves.setdefault(variant, []).append((budget, mean))
+    sheet, axis = pyplot.subplots(figsize=(9, 6))
+    styles = {"first": ("k", 2.5), "and beta2 0.95, width 96: kept": ("r", 2.5)}
+    for variant, points in curves.items():
+        colour, width = styles.get(variant, (None, 0.8))
+        x, y = zip(*sorted(points), strict=True)
+        axis.plot(x, y, "o-", color=colour, linewidth=width, markersize=3, label=variant)
+    axis.set(
+        xscale="log", ylim=(0.8, 1.6), xlabel="share of the first fit's seconds", ylabel="error beside the first fit's"
+    )
+    axis.legend(fontsize=6, ncols=2)
+    axis.grid(visible=True, which="both", alpha=0.25)
+    sheet.tight_layout()
+    sheet.savefig(path, dpi=110)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--score", type=Path, required=True)
+    parser.add_argument("--score", type=Path)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--variants", default=";".join(VARIANTS))
     parser.add_argument("--cases", default="")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--budgets", default="0.25,0.5,1")
+    parser.add_argument("--plot", type=Path, help="draw what FILE holds here; without --score nothing else is done")
     args = parser.parse_args()
+    if args.score is not None:
+        study(args)
+    rows = json.loads(args.json.read_text())
+    print(table(rows))
+    if args.plot is not None:
+        plot(rows, args.plot)
+    return 0
+
+
+def study(args: argparse.Namespace) -> None:
+    """Runs what FILE does not hold yet."""
     torch.set_num_threads(1)
     score = loaded(args.score)
     cases = json.loads((args.score.parent / "cases_dev.json").read_text())["cases"]
     wanted = set(filter(None, args.cases.split(",")))
     rows = json.loads(args.json.read_text()) if args.json.exists() else []
     done = {(row["case"], row["variant"], row["budget"], row["seed"]) for row in rows}
-    config = PRESETS["standard"].fit
     for case in cases:
         if wanted and case["name"] not in wanted:
             continue
@@ -363,10 +395,10 @@ def main() -> int:
                 for budget in map(float, args.budgets.split(",")):
                     if (case["name"], name, budget, seed) in done:
                         continue
-                    samples = samples or draw_samples(cloud, config.pool, np.random.default_rng(seed))
+                    samples = samples or draw_samples(cloud, FIRST.pool, np.random.default_rng(seed))
                     variant = VARIANTS[name]
-                    steps = round(budget * config.steps / variant.cost)
-                    one = Fit(samples, variant, config, seed)
+                    steps = round(budget * FIRST.steps / variant.cost)
+                    one = Fit(samples, variant, seed)
                     start = time.process_time()
                     one.run(steps)
                     seconds = time.process_time() - start
@@ -381,7 +413,6 @@ def main() -> int:
                     rows.append(row)
                     args.json.write_text(json.dumps(rows, indent=1) + "\n")
                     print(*row.values(), flush=True)
-    return 0
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ def _require(holds: bool, message: str) -> None:
 class NetworkConfig:
     """A SIREN 3 -> hidden x layers -> 1 (Sitzmann et al. 2020)."""
 
-    hidden: int = 128
-    """Width of every sine layer. Twice as wide is three times as dear, and on scans no closer to the surface."""
+    hidden: int = 96
+    """Width of every sine layer. Wider is dearer, and at equal seconds no closer to the surface."""
     layers: int = 4
     """Number of sine layers."""
     omega: float = 30.0
@@ -125,16 +125,16 @@ class PoolConfig:
 class FitConfig:
     """How the network is fitted to the cloud."""
 
-    steps: int = 1300
-    batch_surface: int = 1400
+    steps: int = 1800
+    batch_surface: int = 840
     """Points of the cloud in a step."""
-    batch_space: int = 800
+    batch_space: int = 480
     """Samples of the pool in a step."""
     stratified: bool = True
     """Whether a step's samples are spread evenly over all, instead of drawn independently."""
     learning_rate: float = 1.2e-3
-    """Of Adam, at its height. At width 128 collapse begins between 1.6e-3 and 2e-3, at width 256 at 1e-3."""
-    beta2: float = 0.99
+    """Of Adam, at its height. At width 128 collapse begins between 1.2e-3 and 2e-3, at width 256 at 1e-3."""
+    beta2: float = 0.95
     """Decay of Adam's second moment; shorter than usual, because the schedule is."""
     warm_up_share: float = 0.02
     """Share of the steps over which the learning rate rises linearly."""
@@ -264,7 +264,7 @@ class LocalConfig:
     """The same holds from so many cells along a side on: in wider ones there is more shape than so few waves have."""
     coarse_share: float = 0.5
     """What is left of the coarse fit's steps then."""
-    steps_per_cell: float = 1.5
+    steps_per_cell: float = 2.0
     """Steps of the coarse fit that take about as long as the fit of one cell; progress is told by it."""
 
     def __post_init__(self) -> None:
@@ -362,16 +362,13 @@ class Preset:
 PRESETS: Mapping[str, Preset] = {
     "draft": Preset(
         summary="a first look",
-        # In so few steps the space around the surface settles only if it is pressed to.
-        fit=FitConfig(
-            steps=600, batch_surface=1000, batch_space=600, weights=LossWeights(eikonal=100.0, distance=600.0)
-        ),
+        fit=FitConfig(steps=750, pool=PoolConfig(size=50_000)),
     ),
     "standard": Preset(summary="scans, noise, sparse clouds", local=LocalConfig()),
     "fine": Preset(
         summary="dense, clean clouds and small detail",
-        network=NetworkConfig(hidden=192),
-        fit=FitConfig(steps=2500, learning_rate=7e-4, low_precision_share=0.8),
+        network=NetworkConfig(hidden=128),
+        fit=FitConfig(steps=4000, learning_rate=9e-4, beta2=0.97, low_precision_share=0.8),
         local=LocalConfig(points_per_cell=110, most_cells=4000, steps=500, coarse_share=0.3),
         mesh=MeshConfig(auto_range=(512, 1024)),
     ),
@@ -380,6 +377,7 @@ PRESETS: Mapping[str, Preset] = {
         network=NetworkConfig(hidden=256),
         fit=FitConfig(
             steps=10_000,
+            batch_surface=1400,
             batch_space=1400,
             stratified=False,
             learning_rate=1e-4,

@@ -21,8 +21,9 @@ def surface_loss(phi: Tensor, width: float = 0.0) -> Tensor:
 
 
 def normal_loss(gradient: Tensor, normals: Tensor) -> Tensor:
-    """Mean 1 - cos(gradient, normal) on the cloud (Sitzmann et al. 2020, equation 6)."""
-    return (1 - torch.cosine_similarity(gradient, normals, dim=-1)).mean()
+    """Mean 1 - cos(gradient, normal) on the cloud (Sitzmann et al. 2020, equation 6); `normals` (n, 3) are unit."""
+    length = torch.linalg.vector_norm(gradient, dim=-1).clamp_min(1e-8)
+    return (1 - (gradient * normals).sum(dim=-1) / length).mean()
 
 
 def eikonal_loss(gradient: Tensor) -> Tensor:

@@ -27,8 +27,8 @@ FULL_GUESS = 0.4
 SURELY_WOUND, FEWEST_WOUND = 0.75, 0.001
 """A winding number beyond the first is no open sheet's; fewer samples than the second, by share, say nothing."""
 
-HELD_SHARE, MIN_HELD_POINTS, MAX_HELD_POINTS = 0.02, 5, 2000
-"""Points of the cloud, and samples of the pool, that are held out of the fit."""
+HELD_SHARE, FEWEST_HELD, MOST_HELD = 0.02, 5, 1000
+"""Points of the cloud, and samples of the pool, that are held out of the fit: a share, within bounds."""
 NOISE_NEIGHBOURS, NOISE_POINTS = 24, 4000
 HERMITE_NEIGHBOURS, HERMITE_SHARE = 8, 0.8
 """Of a scan's noise, what is seen between nearest neighbours: it is alike there, and so are the normals."""
@@ -152,10 +152,9 @@ def sketch_samples(sketch: PointCloud, config: PoolConfig, rng: np.random.Genera
         positions, tree.query(positions, workers=-1)[0], w, near=blurred_distance(areas), far=far, config=config
     )
     shuffled = rng.permutation(len(points))
-    n_held = min(max(MIN_HELD_POINTS, round(HELD_SHARE * len(points))), MAX_HELD_POINTS)
+    n_held, n_pool_held = (min(max(FEWEST_HELD, round(HELD_SHARE * n)), MOST_HELD) for n in (len(points), config.size))
     held, kept = shuffled[:n_held], shuffled[n_held:]
     kept = kept[along_a_curve(points[kept])]
-    n_pool_held = round(HELD_SHARE * config.size)
     pool, held_pool = pool[n_pool_held:], pool[:n_pool_held]
     kept_points, kept_normals = _tensor(points[kept]), _tensor(normals[kept])
     return Samples(
