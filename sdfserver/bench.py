@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from sdfserver.cloud import Frame, PointCloud
 from sdfserver.config import PRESETS, FitConfig, NetworkConfig, PoolConfig, Preset
-from sdfserver.errors import CommandError
+from sdfserver.errors import CommandError, DivergenceError, NoSurfaceError, Stopped
 from sdfserver.files import reason
 from sdfserver.io import read_cloud, read_mesh, write_mesh
 from sdfserver.mesh import TriangleMesh
@@ -227,11 +228,16 @@ def _timed(work: Callable[[], T]) -> tuple[float, T]:
 
 
 def _seconds_a_step(cloud: PointCloud, settings: dict[str, Any]) -> float:
-    """Of a short fit, the pool and all that comes after it left out."""
-    preset = PRESETS[settings["preset"]]
-    trial = replace(preset.fit, steps=TRIAL_STEPS)
-    seconds = fit_field(cloud, network=preset.network, fit_config=trial, **settings).report["seconds"]
-    return float(seconds["fit"] - seconds["pool"]) / TRIAL_STEPS
+    """Of the first steps of a fit that is then stopped."""
+    preset, began = PRESETS[settings["preset"]], list[float]()
+
+    def enough() -> bool:
+        began.append(time.perf_counter())
+        return len(began) > TRIAL_STEPS
+
+    with suppress(Stopped):
+        fit_field(cloud, network=preset.network, fit_config=preset.fit, should_stop=enough, **settings)
+    return (began[-1] - began[0]) / (len(began) - 1)
 
 
 def _seconds_of(report: dict[str, Any]) -> dict[str, float]:
@@ -346,7 +352,12 @@ def bench(
         before: float | None = None
         for preset in presets:
             budget_s = before if preset == "paper" else None
-            measured.append(run(cloud, preset, rates, seed=seed, device=device, reference=truth, budget_s=budget_s))
+            try:
+                one = run(cloud, preset, rates, seed=seed, device=device, reference=truth, budget_s=budget_s)
+            except (DivergenceError, NoSurfaceError) as error:
+                say(f"\n{cloud.stem}, {preset}: no surface; {error}")
+                continue
+            measured.append(one)
             before = sum(stage.seconds for stage in measured[-1].stages if stage.name in FITS)
             say(run_text(measured[-1]))
         if beside:

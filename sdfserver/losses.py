@@ -13,16 +13,16 @@ def surface_loss(phi: Tensor, width: float = 0.0) -> Tensor:
     That is phi^2 / (2 width) up to the width and |phi| - width / 2 beyond. Where the points scatter by about as much,
     their mean is a closer estimate than their median; and no step is pushed about by points that are as near as that.
     """
-    size = phi.abs()
+    size: Tensor = phi.abs()
     if width == 0:
         return size.mean()
     inner = size.clamp(max=width)
-    return (inner * (size - inner / 2) / width).mean()
+    return (inner * (size - inner / 2)).mean() / width
 
 
 def normal_loss(gradient: Tensor, normals: Tensor) -> Tensor:
     """Mean 1 - cos(gradient, normal) on the cloud (Sitzmann et al. 2020, equation 6); `normals` (n, 3) are unit."""
-    length = torch.linalg.vector_norm(gradient, dim=-1).clamp_min(1e-8)
+    length: Tensor = torch.linalg.vector_norm(gradient, dim=-1).clamp_min(1e-8)
     return (1 - (gradient * normals).sum(dim=-1) / length).mean()
 
 

@@ -21,7 +21,7 @@ from sdfserver.bench import (
 )
 from sdfserver.cli import main
 from sdfserver.config import PRESETS, MeshConfig, NetworkConfig, Preset
-from sdfserver.errors import CommandError
+from sdfserver.errors import CommandError, DivergenceError
 from sdfserver.samples import sample
 from sdfserver.siren import Siren
 
@@ -117,6 +117,19 @@ def test_the_published_recipe_gets_the_seconds_of_the_fit_before_it(monkeypatch:
 
 
 PARTS = ("k-d trees", "winding number")
+
+
+def test_a_preset_that_finds_no_surface_does_not_end_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise DivergenceError("the fit diverged")
+
+    monkeypatch.setattr("sdfserver.bench.reconstruct", refused)
+    figures = tmp_path / "figures.json"
+    assert main(["bench", "--preset", "draft", "--preset", "standard", "--json", str(figures)]) == 0
+    assert "knot, standard: no surface; the fit diverged" in capsys.readouterr().out
+    assert json.loads(figures.read_text())["runs"] == []
 
 
 @pytest.mark.parametrize(
