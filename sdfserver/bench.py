@@ -27,8 +27,8 @@ from torch import Tensor
 
 from sdfserver.cloud import Frame, PointCloud
 from sdfserver.config import PRESETS, FitConfig, NetworkConfig, PoolConfig, Preset
-from sdfserver.errors import CommandError, DivergenceError, NoSurfaceError, Stopped
-from sdfserver.files import reason
+from sdfserver.errors import CommandError, ConfigError, DivergenceError, NoSurfaceError, Stopped
+from sdfserver.files import open_cloud, reason
 from sdfserver.io import read_cloud, read_mesh, write_mesh
 from sdfserver.mesh import TriangleMesh
 from sdfserver.metrics import MeshDistances, compare_meshes
@@ -339,9 +339,13 @@ def bench(
 
     `say` gets a table, as text, as soon as there is one. Distances need a `reference`. `paper` takes as many steps as
     fit into the seconds of the preset before it; when it comes first, all of its own.
+
+    Raises CloudError and ConfigError where a file cannot be read, CommandError where another program fails.
     """
     torch_device = choose_device(device)
-    truth = None if reference is None else read_mesh(reference)
+    for path in clouds:
+        open_cloud(path).close()  # before the rates, which take seconds
+    truth = None if reference is None else _reference(reference)
     rates = measured_rates(torch_device)
     say(rates_text(rates))
     for name in presets:
@@ -371,6 +375,14 @@ def bench(
         "runs": [{**asdict(one), "seconds": one.seconds} for one in measured],
         "commands": [asdict(command) for command in commands],
     }
+
+
+def _reference(path: Path) -> TriangleMesh:
+    open_cloud(path).close()
+    try:
+        return read_mesh(path)
+    except Exception as error:  # noqa: BLE001 - whatever a library of many formats raises
+        raise ConfigError(f"the reference {path} cannot be read as a mesh: {reason(error)}") from None
 
 
 def rates_text(rates: Rates) -> str:

@@ -138,8 +138,14 @@ def test_a_preset_that_finds_no_surface_does_not_end_the_others(
         (["--preset", "best"], "there is no preset 'best'; use one of draft, standard, fine, paper"),
         (["--beside", "poisson"], "--beside is 'poisson'; it must be NAME=COMMAND, with {cloud} and {mesh}"),
         (["a.ply", "b.ply", "--reference", "c.ply"], "--reference is the surface of one cloud"),
+        (["nothing.ply"], "nothing.ply does not exist; check the path"),
+        (["--reference", "README.md"], "the reference README.md cannot be read as a mesh"),
+        (["--reference", "data/knot.ply"], "the reference data/knot.ply cannot be read as a mesh"),
     ],
 )
-def test_mistakes_are_told_in_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_told_in_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(__file__).parent.parent)
     assert main(["bench", *arguments]) == 2
     assert message in capsys.readouterr().err
