@@ -133,7 +133,7 @@ class FitConfig:
     stratified: bool = True
     """Whether a step's samples are spread evenly over all, instead of drawn independently."""
     learning_rate: float = 1.2e-3
-    """Of Adam, at its height. At width 128 collapse begins between 1.2e-3 and 2e-3, at width 256 at 1e-3."""
+    """Of Adam, at its height. At width 96 collapse begins between 1.5e-3 and 1.8e-3, at width 256 at 1e-3."""
     beta2: float = 0.95
     """Decay of Adam's second moment; shorter than usual, because the schedule is."""
     warm_up_share: float = 0.02
@@ -362,7 +362,7 @@ class Preset:
 PRESETS: Mapping[str, Preset] = {
     "draft": Preset(
         summary="a first look",
-        fit=FitConfig(steps=750, pool=PoolConfig(size=50_000)),
+        fit=FitConfig(steps=1000, learning_rate=1.4e-3, pool=PoolConfig(size=50_000)),
     ),
     "standard": Preset(summary="scans, noise, sparse clouds", local=LocalConfig()),
     "fine": Preset(
