@@ -27,7 +27,7 @@ def points(figures: dict[str, Any]) -> dict[str, list[tuple[str, float, float]]]
     for name in names:
         rows = [command for command in figures["commands"] if command["name"] == name]
         seconds = statistics.median(row["seconds"] for row in rows)
-        curve = OURS if name in ours else re.sub(r"\W*\d+$", "", name)
+        curve = OURS if name in ours else re.sub(r"\s\d+$", "", name)
         found.setdefault(curve, []).append((name, seconds, rows[0]["distances"]["chamfer"]))
     for run in figures["runs"]:
         if run["preset"] == "paper":
@@ -47,9 +47,12 @@ def main() -> None:
         for name, rows in points(figures).items():
             labels, seconds, errors = zip(*rows, strict=True)
             axis.plot(seconds, errors, "o-", label=name, linewidth=2.5 if name == OURS else 1)
-            for label, x, y in zip(labels, seconds, errors, strict=True):
-                axis.annotate(label, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
-        axis.set(xscale="log", yscale="log", title=figures["runs"][0]["cloud"], xlabel="seconds from file to mesh")
+            for i, (label, x, y) in enumerate(zip(labels, seconds, errors, strict=True)):
+                offset = (4, 4 if i % 2 else -10)
+                axis.annotate(label, (x, y), xytext=offset, textcoords="offset points", fontsize=7)
+        axis.set(xscale="log", title=figures["runs"][0]["cloud"], xlabel="seconds from file to mesh")
+        axis.set_xlim(right=2.5 * axis.get_xlim()[1])
+        axis.xaxis.set_major_formatter("{x:g}")
         axis.grid(visible=True, which="both", alpha=0.25)
     axes[0][0].set_ylabel("mean distance to and from the reference")
     axes[0][0].legend()
