@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -9,6 +10,7 @@ from typing import cast
 import pytest
 import torch
 
+from sdfserver import bench
 from sdfserver.bench import (
     Rates,
     evaluation_flops,
@@ -22,6 +24,7 @@ from sdfserver.bench import (
 from sdfserver.cli import main
 from sdfserver.config import PRESETS, MeshConfig, NetworkConfig, Preset
 from sdfserver.errors import CommandError, DivergenceError
+from sdfserver.io import read_cloud
 from sdfserver.samples import sample
 from sdfserver.siren import Siren
 
@@ -106,17 +109,28 @@ def test_bench_measures_stages_errors_and_another_program(
     assert "winding number" in shown
 
 
-def test_the_published_recipe_gets_the_seconds_of_the_fit_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    rates = Rates(device="cpu", threads=1, float32=1e9, bfloat16=1e9, copy=1e9)
-    mesh = MeshConfig(resolution=32)
-    tiny = replace(PRESETS["paper"], network=NetworkConfig(hidden=32, layers=2), mesh=mesh)
+@pytest.fixture
+def tiny_paper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The published recipe with a small network and mesh, and no judge of the shape that it has after some steps."""
+    tiny = replace(PRESETS["paper"], network=NetworkConfig(hidden=32, layers=2), mesh=MeshConfig(resolution=32))
     monkeypatch.setitem(cast(dict[str, Preset], PRESETS), "paper", tiny)
-    monkeypatch.setattr("sdfserver.fit.MAX_WRONG_SIDES", 1.0)  # so short a fit has no shape yet
-    few = run(sample("knot"), "paper", rates, seed=0, device="cpu", budget_s=0.3)
-    assert 5 < few.steps < PRESETS["paper"].fit.steps
+    monkeypatch.setattr("sdfserver.fit.MAX_WRONG_SIDES", 1.0)
 
 
-PARTS = ("k-d trees", "winding number")
+@pytest.mark.usefixtures("tiny_paper")
+def test_the_published_recipe_gets_the_steps_that_fit_into_its_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sdfserver.bench._seconds_a_step", lambda *_: 0.01)
+    rates = Rates(device="cpu", threads=1, float32=1e9, bfloat16=1e9, copy=1e9)
+    assert run(sample("knot"), "paper", rates, seed=0, device="cpu", budget_s=0.301).steps == 30
+
+
+@pytest.mark.usefixtures("tiny_paper")
+def test_the_seconds_of_a_step_are_told_by_some_first_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sdfserver.bench.TRIAL_STEPS", 3)
+    settings = {"preset": "paper", "device": "cpu", "seed": 0}
+    start = time.perf_counter()
+    seconds = bench._seconds_a_step(read_cloud(sample("knot")), settings)
+    assert 0 < 3 * seconds < time.perf_counter() - start
 
 
 def test_a_preset_that_finds_no_surface_does_not_end_the_others(
