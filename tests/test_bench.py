@@ -12,6 +12,7 @@ import torch
 
 from sdfserver import bench
 from sdfserver.bench import (
+    PARTS,
     Rates,
     evaluation_flops,
     measured_rates,
