@@ -8,7 +8,7 @@
 Fits one network, without local ones, on one thread; then meshes it at 192^3 and measures the mean distance from and to
 the reference, in the score's units. A budget is a share of the seconds of 1300 steps of the fit that the study began
 with: a dearer step gets fewer of them. SCORE.py names the cases and has `load_case` and
-`closest`. Results are added to FILE, and what is in it already is not run again.
+`measure`. Results are added to FILE, and what is in it already is not run again.
 """
 
 import argparse
@@ -291,14 +291,9 @@ def measured(model: Siren, frame: Frame, reference: Any, unit: float, score: Any
     surface = extract(SignedDistanceField(model, frame), resolution=RESOLUTION)
     vertices = frame.to_world(surface.vertices_unit)
     mesh = trimesh.Trimesh(vertices, surface.faces, process=False)
-    on_mesh, _ = trimesh.sample.sample_surface(mesh, SAMPLES, seed=1)
-    on_reference, _ = trimesh.sample.sample_surface(reference, SAMPLES, seed=2)
-    to_reference, _ = score.closest(reference.vertices, reference.faces, on_mesh)
-    to_mesh, _ = score.closest(mesh.vertices, mesh.faces, on_reference)
-    return {
-        "dC": float(to_reference.mean() + to_mesh.mean()) / 2 / unit,
-        "dH": float(max(to_reference.max(), to_mesh.max())) / unit,
-    }
+    score.N_SAMPLES = SAMPLES
+    found = score.measure(mesh, reference, unit)
+    return {name: float(found[name]) for name in ("dC", "dH")}
 
 
 def relative(rows: list[dict[str, Any]]) -> dict[tuple[str, float], tuple[float, dict[str, float], int]]:

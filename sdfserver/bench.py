@@ -272,8 +272,8 @@ def _tree_stages(cloud: PointCloud, config: PoolConfig, seed: int) -> dict[str, 
     """Seconds, operations and bytes of the two larger parts of the pool, each run once more by itself."""
     frame = Frame.around(cloud.points, margin=0.0)
     rng = np.random.default_rng(seed)
-    points = frame.to_unit(cloud.points)[sketch_rows(len(cloud.points), rng)]
-    normals = normals_of(cloud)[sketch_rows(len(cloud.points), np.random.default_rng(seed))]
+    rows = sketch_rows(len(cloud.points), rng)
+    points, normals = frame.to_unit(cloud.points)[rows], normals_of(cloud)[rows]
     positions = pool_positions(points, config, rng)
 
     def nearest() -> NDArray[np.float64]:

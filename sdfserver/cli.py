@@ -21,7 +21,7 @@ import typer
 from typer.exceptions import TyperException
 
 import sdfserver
-from sdfserver.config import PRESETS, MeshConfig
+from sdfserver.config import PRESETS, MeshConfig, preset_named
 from sdfserver.errors import (
     DEBUG,
     CloudError,
@@ -475,7 +475,7 @@ def demo(
 def bench(
     clouds: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[CLOUD]...", show_default="a bundled knot", help="Clouds to measure with."),
+        typer.Argument(metavar="CLOUD", show_default="a bundled knot", help="Clouds to measure with."),
     ] = None,
     preset: Annotated[
         list[str] | None,
@@ -515,8 +515,7 @@ def bench(
     _check_seed(seed)
     others = dict(_named_command(text) for text in beside or [])
     for name in preset or []:
-        if name not in PRESETS:
-            raise ConfigError(f"there is no preset {name!r}; use one of {', '.join(PRESETS)}")
+        preset_named(name)
     if reference is not None and len(clouds or []) > 1:
         raise ConfigError("--reference is the surface of one cloud; give one cloud with it")
     if output is not None:
@@ -531,7 +530,7 @@ def bench(
         runs=runs,
         seed=seed,
         device=device,
-        say=lambda text: typer.echo(text),
+        say=typer.echo,
     )
     if output is not None:
         _write_report(json.dumps(figures, indent=1).encode() + b"\n", output)

@@ -397,3 +397,10 @@ PRESETS: Mapping[str, Preset] = {
     ),
 }
 """Presets by name, from quick to careful; `paper` is Sitzmann et al. 2020 as their code runs it."""
+
+
+def preset_named(name: str) -> Preset:
+    """The preset called `name`. Raises ConfigError where there is none."""
+    if name not in PRESETS:
+        raise ConfigError(f"there is no preset {name!r}; use one of {', '.join(PRESETS)}")
+    return PRESETS[name]

@@ -15,8 +15,8 @@ import torch
 
 import sdfserver
 from sdfserver.cloud import Frame, PointCloud, drop_strays, validate
-from sdfserver.config import PRESETS, FitConfig, LocalConfig, MeshConfig, NetworkConfig
-from sdfserver.errors import ConfigError, DeviceError, NoSurfaceError
+from sdfserver.config import PRESETS, FitConfig, LocalConfig, MeshConfig, NetworkConfig, preset_named
+from sdfserver.errors import DeviceError, NoSurfaceError
 from sdfserver.extract import ExtractedSurface, extract
 from sdfserver.field import SignedDistanceField
 from sdfserver.fit import FitProgress, FitReport, fit
@@ -195,11 +195,10 @@ def fit_field(
 
     `on_cloud` gets the cloud as it will be fitted, `on_field` the field every few dozen steps, while it forms.
     """
-    if preset not in PRESETS:
-        raise ConfigError(f"there is no preset {preset!r}; use one of {', '.join(PRESETS)}")
+    settings = preset_named(preset)
     if network is None and fit_config is None and local is None:
-        local = PRESETS[preset].local
-    network, fit_config = network or PRESETS[preset].network, fit_config or PRESETS[preset].fit
+        local = settings.local
+    network, fit_config = network or settings.network, fit_config or settings.fit
     torch_device, clock = choose_device(device), clock or Clock(None, FIT_STAGES)
     with clock.running("prepare"):
         given = len(cloud.points)

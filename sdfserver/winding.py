@@ -137,6 +137,7 @@ def winding_number(queries: Tensor, tree: DipoleTree) -> Tensor:
     order = torch.from_numpy(along_a_curve(queries.cpu().numpy())).to(device)
     padded = torch.cat([order, order[-1:].expand(-n % GROUP)])
     groups = queries[padded].view(-1, GROUP, 3)
+    axes = [groups[..., axis].contiguous() for axis in range(3)]
     low, high = groups.amin(dim=1), groups.amax(dim=1)
     centres, reach = (low + high) / 2, (high - low).norm(dim=1) / 2
     w = queries.new_zeros(groups.shape[:2])
@@ -145,7 +146,7 @@ def winding_number(queries: Tensor, tree: DipoleTree) -> Tensor:
         here = Dipoles(**{name: value.to(device) for name, value in vars(level).items()})
         gap = (centres[owner] - here.points[node]).norm(dim=1) - reach[owner]
         whole = (gap > OPENING * here.radii[node]) | (here.count[node] == 0)
-        _add(w, groups, owner[whole], here, node[whole])
+        _add(w, axes, owner[whole], here, node[whole])
         tree.terms += GROUP * int(whole.sum())
         owner, node = owner[~whole], node[~whole]
         count = here.count[node]
@@ -164,12 +165,11 @@ def along_a_curve(points: NDArray[np.float64] | NDArray[np.float32]) -> NDArray[
     return _morton(cells.astype(np.int64), 10).argsort(kind="stable")
 
 
-def _add(w: Tensor, groups: Tensor, owner: Tensor, dipoles: Dipoles, node: Tensor) -> None:
-    """Adds to w (g, GROUP) what the dipoles `node` (p,) give at the groups (g, GROUP, 3) `owner` (p,)."""
-    x, y, z = (groups[..., axis].contiguous() for axis in range(3))
+def _add(w: Tensor, axes: list[Tensor], owner: Tensor, dipoles: Dipoles, node: Tensor) -> None:
+    """Adds to w (g, GROUP) what the dipoles `node` (p,) give at the groups `owner` (p,), of coordinates (g, GROUP)."""
     for some in _chunks(len(owner), w.device):
         g, i = owner[some], node[some]
-        offsets = [p[:, None] - q[g] for p, q in zip(dipoles.points[i].unbind(1), (x, y, z), strict=True)]
+        offsets = [p[:, None] - q[g] for p, q in zip(dipoles.points[i].unbind(1), axes, strict=True)]
         squared = (offsets[0] * offsets[0]).addcmul_(offsets[1], offsets[1]).addcmul_(offsets[2], offsets[2])
         inverse = squared.clamp_min_(1e-10).rsqrt_()
         a, b, c = (v[:, None] for v in dipoles.vectors[i].unbind(1))
