@@ -26,11 +26,12 @@ from optimizers import Muon, Soap, gauss_newton_step
 from scripts import loaded
 from torch import Tensor
 
-from sdfserver import fit as fitting
 from sdfserver.cloud import Frame, PointCloud
 from sdfserver.config import FitConfig, NetworkConfig
+from sdfserver.descent import Batches, Given, Task, terms_of
 from sdfserver.extract import extract
 from sdfserver.field import SignedDistanceField
+from sdfserver.guard import health_of
 from sdfserver.sampling import Samples, draw_samples
 from sdfserver.siren import Siren
 from sdfserver.winding import spacing_of
@@ -163,6 +164,7 @@ class Fit:
         network = replace(variant.network, omega=config.omega_for(variant.network.omega, samples.spacing))
         self.model = Siren(network, generator=torch.Generator().manual_seed(seed))
         self.generator = torch.Generator().manual_seed(seed)
+        self.batches: dict[tuple[int, int], Batches] = {}
         self.base = config.weights_for(samples.noise.by_quadrics)
         with torch.no_grad():
             for weight in list(self.model.weights)[:-1]:
@@ -208,8 +210,14 @@ class Fit:
     def terms(self, config: FitConfig, t: float) -> dict[str, Tensor]:
         sigma = self.variant.jitter * max(0.0, 1 - 3 * t)
         model: Any = Jittered(self.model, sigma, self.generator) if sigma else self.model
+        key = config.batch_surface, config.batch_space
+        if key not in self.batches:
+            self.batches[key] = Batches([self.samples], config, 1)
+        self.batches[key].draw(1, [self.generator])
+        batch = self.batches[key].pick(torch.tensor([0]))
         warm = t < config.warm_start_share
-        return fitting._terms(model, self.samples, config, self.generator, warm=warm, dtype=None)
+        given = Given(batch, model(batch.x), None) if warm else Given(batch, *model.value_and_gradient(batch.x))
+        return terms_of(given, Task(self.model, self.samples, self.generator), config)
 
     def finish(self, steps: int, iterations: int = 10) -> None:
         """Gauss-Newton on a batch each, of a smooth form of the terms; each takes about as long as 40 steps of Adam."""
@@ -410,7 +418,7 @@ def study(args: argparse.Namespace) -> None:
                         "case": case["name"], "variant": name, "budget": budget, "seed": seed,
                         "steps": steps, "seconds": seconds,
                     }  # fmt: skip
-                    health = fitting._health(one.model, samples, loss=0.0)
+                    health = health_of(one.model, samples, loss=0.0)
                     row["wrong_signs"], row["held_out"] = health.wrong_signs, health.surface
                     if health.wrong_signs < COLLAPSED:
                         row |= measured(one.model, frame, reference, unit, score)

@@ -6,12 +6,14 @@ All lengths are in the unit frame ([-1, 1]^3) unless the name says otherwise.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from sdfserver.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Value = TypeVar("Value", "Tensor", float)
 
 
 def _require(holds: bool, message: str) -> None:
@@ -82,10 +84,10 @@ class LossWeights:
         """These weights with what ties phi to the points, and its gradient to their normals, multiplied by `ratio`."""
         return replace(self, surface=self.surface * ratio, normal=self.normal * ratio)
 
-    def total(self, terms: "Mapping[str, Tensor]") -> "Tensor":
+    def total(self, terms: "Mapping[str, Value]") -> "Value":
         """The weighted sum of `terms`, by their names."""
         weighted = [getattr(self, name) * (0.5 if name in _ONE_SIDED else 1.0) * term for name, term in terms.items()]
-        total: Tensor = sum(weighted[1:], start=weighted[0])
+        total: Value = sum(weighted[1:], start=weighted[0])
         return total
 
 

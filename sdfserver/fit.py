@@ -5,48 +5,30 @@ second stage is in `refine`.
 """
 
 import copy
-import math
 import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from sdfserver.cloud import PointCloud
 from sdfserver.config import FitConfig, LocalConfig, NetworkConfig
-from sdfserver.errors import DivergenceError, Stopped
+from sdfserver.descent import Descent, Task
+from sdfserver.errors import DivergenceError, SdfServerError, Stopped
+from sdfserver.guard import HOPELESS_WRONG_SIGNS, Health, health_of
 from sdfserver.local import PartitionOfUnity
-from sdfserver.losses import (
-    distance_loss,
-    eikonal_loss,
-    normal_loss,
-    signed_off_surface_loss,
-    surface_loss,
-)
 from sdfserver.orientation import disagreement
 from sdfserver.refine import RefineReport, plan_cells, refine
-from sdfserver.sampling import Samples, SpacePool, draw_samples
+from sdfserver.sampling import Samples, draw_samples
 from sdfserver.siren import Siren
 
 CHECK_EVERY, MOST_CHECKS = 25, 40
 """Steps between two looks at the fit's health, its losses and its progress; more in fits with more looks than that."""
-MAX_WRONG_SIGNS = 0.01
-"""Share of trusted signs that may be wrong on held-out samples: healthy fits have none, collapsed ones 0.01 to 0.12."""
-FEWEST_SIGNS = 300
-"""Among fewer, one or two samples on the edge of what is trusted would be taken for a collapse."""
-MAX_EIKONAL = 0.7
-"""Mean ||grad phi| - 1| on held-out samples: the fewer the steps, the higher a healthy fit ends (0.1 after thousands,
-0.4 after a few hundred), so that only a wild field is told by this alone."""
-MAX_WRONG_SIDES = 0.4
-"""Share of points beside the cloud on the wrong side of phi = 0: one half where phi has one sign."""
 PATIENCE = 0.7
 """Share of the steps that a fit has to come within these bounds; after them it may not leave."""
-HOPELESS_WRONG_SIGNS = 0.25
-"""Share of wrong trusted signs from which no fit has been seen to recover, at any time after the warm start."""
 MOST_REFUSED = 0.25
 """Share of all cells that may be found worse with a local network before a coarse fit that was cut short goes on."""
 SUSPECT_DISAGREEMENT = 0.05
@@ -63,39 +45,6 @@ class FitProgress:
     share: float
     """Of the whole fit, from 0 to 1."""
     losses: dict[str, float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Health:
-    """What the guard looks at, on samples that are held out of the fit."""
-
-    loss: float
-    wrong_signs: float
-    """Share of the samples with a trusted sign, or of FEWEST_SIGNS if those are fewer, on which phi has the other."""
-    wrong_sides: float
-    """Share of the points one spacing along and against the normals on which phi has the wrong sign."""
-    eikonal: float
-    """Mean ||grad phi| - 1|."""
-    surface: float
-    """Mean |phi| / |grad phi| on held-out points of the cloud: their distance to the surface, to first order."""
-
-    @property
-    def fault(self) -> str | None:
-        """What keeps this from being the state of a good fit, or None."""
-        if not self.finite:
-            return "the loss is not finite"
-        if self.wrong_signs > MAX_WRONG_SIGNS:
-            return f"{self.wrong_signs:.1%} of the trusted signs are wrong on held-out samples"
-        if self.eikonal > MAX_EIKONAL:
-            return f"|grad phi| is {self.eikonal:.2f} away from 1 on held-out samples"
-        if self.wrong_sides > MAX_WRONG_SIDES:
-            return f"{self.wrong_sides:.0%} of the points beside the cloud are on the wrong side of the surface"
-        return None
-
-    @property
-    def finite(self) -> bool:
-        """Whether everything is a number."""
-        return all(map(math.isfinite, vars(self).values()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,26 +71,24 @@ class FitReport:
     """How the second stage went; None without one."""
 
 
-@dataclass(eq=False)
-class _State:
-    """All that a fit needs to go on from a step."""
+Fitted = tuple[Siren | PartitionOfUnity, FitReport]
 
-    model: Siren
-    optimizer: torch.optim.Optimizer
-    step: int = 0
-    saved: dict[str, Any] = field(default_factory=dict)
 
-    def save(self) -> None:
-        self.saved = {
-            "model": copy.deepcopy(self.model.state_dict()),
-            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
-            "step": self.step,
-        }
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FitJob:
+    """A cloud to be fitted, in the unit frame, and who wants to know.
 
-    def restore(self) -> None:
-        self.model.load_state_dict(self.saved["model"])
-        self.optimizer.load_state_dict(self.saved["optimizer"])
-        self.step = self.saved["step"]
+    `samples` are drawn from the cloud unless they are given. `on_progress` is called every few dozen steps,
+    `on_network` then as well, with a copy of the network of the first stage, healthy or not; `should_stop` is asked
+    before every step.
+    """
+
+    cloud_unit: PointCloud
+    seed: int = 0
+    samples: Samples | None = None
+    on_progress: Callable[[FitProgress], None] | None = None
+    on_network: Callable[[FitProgress, Siren], None] | None = None
+    should_stop: Callable[[], bool] | None = None
 
 
 def fit(
@@ -150,35 +97,103 @@ def fit(
     config: FitConfig,
     *,
     local: LocalConfig | None = None,
-    samples: Samples | None = None,
     device: torch.device,
     seed: int = 0,
+    samples: Samples | None = None,
     on_progress: Callable[[FitProgress], None] | None = None,
     on_network: Callable[[FitProgress, Siren], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
-) -> tuple[Siren | PartitionOfUnity, FitReport]:
+) -> Fitted:
     """The network whose zero set is the surface of `cloud_unit`, and how the fit went.
 
     With `local`, a second stage puts small networks over the first where that lowers the error on points held out of
-    it; for a cloud with little noise the first stage is then a shorter one. `samples` are drawn from the cloud unless
-    they are given.
+    it; for a cloud with little noise the first stage is then a shorter one. The rest is as in FitJob.
 
-    The same seed on the same device gives the same network. `on_progress` is called every few dozen steps, `on_network`
-    then as well, with a copy of the network of the first stage, healthy or not; `should_stop` before every step.
+    The same seed on the same device gives the same network.
 
     Raises DivergenceError when the fit is out of its bounds and is so again after one restart from its last good state
     at half the rate; Stopped when `should_stop` says so.
     """
+    job = FitJob(
+        cloud_unit=cloud_unit,
+        seed=seed,
+        samples=samples,
+        on_progress=on_progress,
+        on_network=on_network,
+        should_stop=should_stop,
+    )
+    (found,) = fit_together([job], network, config, local=local, device=device)
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def fit_together(
+    jobs: Sequence[FitJob],
+    network: NetworkConfig,
+    config: FitConfig,
+    *,
+    local: LocalConfig | None = None,
+    device: torch.device,
+) -> list[Fitted | SdfServerError]:
+    """What `fit` gives or raises for each of several clouds, whose coarse fits go down together as one batch.
+
+    Each network is the one that its job gives alone, but for rounding. On a device that one fit does not fill, several
+    take little longer than one.
+    """
     _keep_thread_limit()
+    ended: dict[int, Fitted | SdfServerError] = {}
+    fits = {i: _fit_of(job, network, config, local, device) for i, job in enumerate(jobs)}
+    answers: dict[int, Any] = dict.fromkeys(fits)  # a generator is sent nothing at first
+    while answers:
+        legs: dict[int, _Leg] = {}
+        for i, answer in answers.items():
+            try:
+                legs[i] = fits[i].throw(answer) if isinstance(answer, Exception) else fits[i].send(answer)
+            except StopIteration as end:
+                ended[i] = end.value
+            except SdfServerError as error:
+                ended[i] = error
+        answers = {}
+        for config_of_leg in {leg.config: None for leg in legs.values()}:
+            some = [i for i, leg in legs.items() if leg.config == config_of_leg]
+            answers |= dict(zip(some, _descend([legs[i] for i in some]), strict=True))
+    return [ended[i] for i in range(len(jobs))]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Leg:
+    """A way down for one network: all legs of one config can go together."""
+
+    task: Task
+    config: FitConfig
+    on_check: Callable[[int, dict[str, float]], None]
+    should_stop: Callable[[], bool]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Descended:
+    """How a leg ended: in what health, and why it went back to its last good state, if it did."""
+
+    health: Health
+    restarts: tuple[str, ...] = ()
+
+
+def _fit_of(
+    job: FitJob, network: NetworkConfig, config: FitConfig, local: LocalConfig | None, device: torch.device
+) -> Generator[_Leg, Descended, Fitted]:
+    """One fit from its samples to its report. It asks for legs of the coarse fit, and is sent how each ended."""
     start = time.perf_counter()
-    samples = (samples or draw_samples(cloud_unit, config.pool, np.random.default_rng(seed))).to(device)
+    samples = job.samples or draw_samples(job.cloud_unit, config.pool, np.random.default_rng(job.seed))
+    samples = samples.to(device)
     pool_ready = time.perf_counter()
     network = replace(network, omega=config.omega_for(network.omega, samples.spacing))
-    model = Siren(network, generator=torch.Generator().manual_seed(seed)).to(device)
-    generator = torch.Generator(device).manual_seed(seed)
+    model = Siren(network, generator=torch.Generator().manual_seed(job.seed)).to(device)
+    task = Task(model=model, samples=samples, generator=torch.Generator().manual_seed(job.seed))
+    should_stop = job.should_stop or (lambda: False)
     legs, cells = _plan(samples, config, local)
     tell = _Teller(
-        on_progress, on_network, model, expected=legs[0].steps + (local.steps_per_cell * cells if local else 0)
+        job.on_progress, job.on_network, model, expected=legs[0].steps + (local.steps_per_cell * cells if local else 0)
     )
     restarts: list[str] = []
     fitted: Siren | PartitionOfUnity = model
@@ -186,17 +201,16 @@ def fit(
     for leg in legs:
         tell.begin(leg.steps)
         try:
-            health, back = _descend(
-                model, samples, leg, generator=generator, on_check=tell.step, should_stop=should_stop
-            )
+            descended = yield _Leg(task=task, config=leg, on_check=tell.step, should_stop=should_stop)
         except DivergenceError as error:
-            raise DivergenceError(f"{error}; {_advice(cloud_unit)}") from None
-        restarts.extend(back)
+            raise DivergenceError(f"{error}; {_advice(job.cloud_unit)}") from None
+        health = descended.health
+        restarts.extend(descended.restarts)
         if local is None:
             break
-        fitted, refined = refine(model, samples, local, seed=seed, on_progress=tell.local, should_stop=should_stop)
+        fitted, refined = refine(model, samples, local, seed=job.seed, on_progress=tell.local, should_stop=should_stop)
         if isinstance(fitted, PartitionOfUnity):
-            whole = _health(fitted, samples, loss=health.loss)
+            whole = health_of(fitted, samples, loss=health.loss)
             if whole.fault is None and whole.surface < health.surface:
                 health = whole
             else:
@@ -286,59 +300,81 @@ class _Teller:
         return FitProgress(step=step, steps=self.steps, share=self._share, losses=dict(self.losses))
 
 
-def _descend(
-    model: Siren,
-    samples: Samples,
-    config: FitConfig,
-    *,
-    generator: torch.Generator,
-    on_check: Callable[[int, dict[str, float]], None],
-    should_stop: Callable[[], bool] | None,
-) -> tuple[Health, tuple[str, ...]]:
-    """Fits `model` in place; returns its health at the end, and why it went back, if it did.
+def _descend(legs: Sequence[_Leg]) -> list[Descended | SdfServerError]:
+    """Takes the networks of some legs down together, in place: how each ended, or why it did not."""
+    config = legs[0].config
+    device = legs[0].task.samples.points.device
+    every = max(CHECK_EVERY, config.steps // MOST_CHECKS)
+    descent = Descent(
+        [leg.task for leg in legs],
+        config,
+        low_precision_steps=_low_precision_steps(config, device),
+        most_at_once=min(every, config.steps),
+    )
+    ended = _follow(descent, legs, every)
+    for i, leg in enumerate(legs):
+        if isinstance(fault := ended[i], _Fault):
+            again = descent.alone(i, rate=0.5)
+            (end,) = _follow(again, [leg], every)
+            if isinstance(end, _Fault):
+                ended[i] = DivergenceError(
+                    f"the fit diverged {fault}; and after a restart at half the learning rate again {end.at(config)}"
+                )
+            else:
+                ended[i] = replace(end, restarts=(str(fault),)) if isinstance(end, Descended) else end
+    return [end for end in ended if not isinstance(end, _Fault)]
 
-    `on_check` gets the step and the losses whenever the fit is looked at. Raises as `fit` does.
-    """
-    device = samples.points.device
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, betas=(0.9, config.beta2), fused=True)
-    low_precision_steps = _low_precision_steps(config, device)
-    weights = config.weights_for(samples.noise.by_quadrics)
-    state = _State(model, optimizer)
-    restarts: list[str] = []
-    check_every = max(CHECK_EVERY, config.steps // MOST_CHECKS)
-    state.save()
-    while state.step < config.steps:
-        if should_stop is not None and should_stop():
-            raise Stopped(f"stopped at step {state.step} of {config.steps}")
-        for group in optimizer.param_groups:
-            group["lr"] = config.rate(state.step) * 0.5 ** len(restarts)
-        dtype = torch.bfloat16 if state.step < low_precision_steps else None
-        terms = _terms(model, samples, config, generator, warm=state.step < config.warm_start_steps, dtype=dtype)
-        loss = weights.total(terms)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        if config.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
-        optimizer.step()
-        state.step += 1
-        if state.step % check_every and state.step != config.steps:
-            continue
-        # The only place where the host waits for the device.
-        health = _health(model, samples, loss=float(loss.detach()))
-        on_check(state.step, {name: float(term.detach()) for name, term in terms.items()})
-        if health.fault is None:
-            state.save()
-        elif _may_heal(health, state.step, config):
-            continue
-        elif not restarts:
-            restarts.append(f"at step {state.step}: {health.fault}")
-            state.restore()
+
+@dataclass(frozen=True)
+class _Fault:
+    """Where a fit was out of its bounds, with no hope of coming back within them."""
+
+    step: int
+    what: str
+
+    def __str__(self) -> str:
+        return f"at step {self.step}: {self.what}"
+
+    def at(self, config: FitConfig) -> str:
+        return f"at step {self.step} of {config.steps}: {self.what}"
+
+
+def _follow(descent: Descent, legs: Sequence[_Leg], every: int) -> list[Descended | _Fault | SdfServerError]:
+    """Takes the steps of a descent to their end, looking at its fits from time to time: how each ended."""
+    config = descent.config
+    ended: dict[int, Descended | _Fault | SdfServerError] = {}
+    while descent.step < config.steps and len(ended) < len(legs):
+        count = min(every - descent.step % every, config.steps - descent.step)
+        descent.draw(count)
+        for _ in range(count):
+            for i, leg in enumerate(legs):
+                if i not in ended and leg.should_stop():
+                    ended[i] = Stopped(f"stopped at step {descent.step} of {config.steps}")
+            if len(ended) == len(legs):
+                break
+            descent.take()
         else:
-            raise DivergenceError(
-                f"the fit diverged {restarts[0]}; and after a restart at half the learning rate again "
-                f"at step {state.step} of {config.steps}: {health.fault}"
-            )
-    return health, tuple(restarts)
+            _look(descent, legs, ended)
+    return [ended[i] for i in range(len(legs))]
+
+
+def _look(descent: Descent, legs: Sequence[_Leg], ended: dict[int, Descended | _Fault | SdfServerError]) -> None:
+    """Looks at the fits that have not ended: tells of them, keeps the good ones' state, ends what is hopeless."""
+    config, good = descent.config, []
+    last = descent.step == config.steps
+    looks = descent.look()
+    descent.leave()
+    for i, (leg, (terms, health)) in enumerate(zip(legs, looks, strict=True)):
+        if i in ended:
+            continue
+        leg.on_check(descent.step, terms)
+        if health.fault is None:
+            good.append(i)
+            if last:
+                ended[i] = Descended(health=health)
+        elif not _may_heal(health, descent.step, config):
+            ended[i] = _Fault(descent.step, health.fault)
+    descent.save(good)
 
 
 def _low_precision_steps(config: FitConfig, device: torch.device) -> int:
@@ -388,63 +424,3 @@ def computes_in_bfloat16(device: torch.device) -> bool:
     """
     # A GPU waits for launches, not for arithmetic, at this size of batch.
     return device.type == "cpu" and bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
-
-
-def _terms(
-    model: Siren,
-    samples: Samples,
-    config: FitConfig,
-    generator: torch.Generator,
-    *,
-    warm: bool,
-    dtype: torch.dtype | None,
-) -> dict[str, Tensor]:
-    """The loss terms of one step on a fresh batch, phi in `dtype`; `warm` is the regression that comes first."""
-    n = config.batch_surface
-    rows = _draw(n, len(samples.points), config, generator)
-    points, normals = samples.points[rows], samples.normals[rows]
-    space = samples.pool[_draw(config.batch_space, len(samples.pool), config, generator)]
-    x = torch.cat([points, space.points])
-    if warm:
-        phi = model(x, dtype=dtype)
-        target = torch.cat([torch.zeros_like(phi[:n]), space.first_guess])
-        return {"warm_start": (phi - target).abs().mean()}
-    phi, gradient = model.value_and_gradient(x, dtype=dtype)
-    return {
-        "surface": surface_loss(phi[:n], config.quadratic_noises * samples.noise.least),
-        "normal": normal_loss(gradient[:n], normals),
-        "eikonal": eikonal_loss(gradient),
-        "off_surface": signed_off_surface_loss(
-            phi[n:], space.signed_distance.sign(), space.trusted, alpha=config.alpha, untrusted=config.untrusted_share
-        ),
-        "distance": distance_loss(phi[n:], space.signed_distance, space.far),
-    }
-
-
-def _draw(n: int, total: int, config: FitConfig, generator: torch.Generator) -> Tensor:
-    """A batch of `n` rows out of `total`, which lie along a space-filling curve: one from each of n stretches of it.
-
-    Neighbours pull alike, so that a batch without gaps and clusters has a steadier gradient than one drawn at random.
-    """
-    device = generator.device
-    if not config.stratified:
-        return torch.randint(total, (n,), generator=generator, device=device)
-    place = torch.arange(n, device=device) + torch.rand(n, generator=generator, device=device, dtype=torch.float64)
-    return (place * (total / n)).long().clamp(max=total - 1)
-
-
-@torch.no_grad()
-def _health(model: Siren | PartitionOfUnity, samples: Samples, *, loss: float) -> Health:
-    held: SpacePool = samples.held_pool
-    phi, gradient = model.value_and_gradient(held.points)
-    wrong = (phi * held.signed_distance < 0) & held.trusted
-    points, normals = samples.held_points, samples.held_normals
-    on, on_gradient = model.value_and_gradient(points)
-    beside = [model(points + side * samples.spacing * normals) * side < 0 for side in (1, -1)]
-    return Health(
-        loss=loss,
-        wrong_signs=float(wrong.sum() / held.trusted.sum().clamp_min(FEWEST_SIGNS)),
-        wrong_sides=float(torch.cat(beside).float().mean()),
-        eikonal=float(eikonal_loss(gradient)),
-        surface=float((on.abs() / on_gradient.norm(dim=-1).clamp_min(1e-6)).mean()),
-    )

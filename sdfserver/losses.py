@@ -1,10 +1,15 @@
-"""The terms of the fit, unweighted and named as in the literature.
+"""The terms of the fit, unweighted and named as in the literature, and their slopes.
 
-phi (n,): the field at n samples; gradient (n, 3): its gradient there. Each term is a mean over its samples.
+phi (n,): the field at n samples; gradient (n, 3): its gradient there. Each term is a mean over its samples. A slope is
+n times the derivative of a term with respect to phi or to the gradient, written out for the steps of a fit, which do
+not need the terms themselves; it takes batches (..., n) as well.
 """
 
 import torch
 from torch import Tensor
+
+NO_WIDTH = 1e-12
+"""Width of the quadratic part of the surface term, for its slope, where there is none."""
 
 
 def surface_loss(phi: Tensor, width: float = 0.0) -> Tensor:
@@ -20,16 +25,37 @@ def surface_loss(phi: Tensor, width: float = 0.0) -> Tensor:
     return (inner * (size - inner / 2)).mean() / width
 
 
+def surface_slope(phi: Tensor, width: Tensor) -> Tensor:
+    """Of surface_loss with a `width` (..., 1); NO_WIDTH is none."""
+    return torch.clamp(phi, -width, width) / width
+
+
 def normal_loss(gradient: Tensor, normals: Tensor) -> Tensor:
     """Mean 1 - cos(gradient, normal) on the cloud (Sitzmann et al. 2020, equation 6); `normals` (n, 3) are unit."""
     length: Tensor = torch.linalg.vector_norm(gradient, dim=-1).clamp_min(1e-8)
     return (1 - (gradient * normals).sum(dim=-1) / length).mean()
 
 
+def length_and_direction(gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """The length (..., n, 1) of the gradient and its direction (..., n, 3), for the two slopes that need them."""
+    length = torch.linalg.vector_norm(gradient, dim=-1, keepdim=True).clamp_min(1e-8)
+    return length, gradient / length
+
+
+def normal_slope(length: Tensor, direction: Tensor, normals: Tensor) -> Tensor:
+    """Of normal_loss."""
+    return (direction * (direction * normals).sum(dim=-1, keepdim=True) - normals) / length
+
+
 def eikonal_loss(gradient: Tensor) -> Tensor:
     """Mean ||gradient| - 1| (Gropp et al. 2020, in the norm of Sitzmann et al. 2020)."""
     length: Tensor = torch.linalg.vector_norm(gradient, dim=-1)
     return (length - 1).abs().mean()
+
+
+def eikonal_slope(length: Tensor, direction: Tensor) -> Tensor:
+    """Of eikonal_loss."""
+    return direction * (length - 1).sign()
 
 
 def off_surface_loss(phi: Tensor, alpha: float) -> Tensor:
@@ -54,6 +80,16 @@ def signed_off_surface_loss(phi: Tensor, sign: Tensor, trusted: Tensor, *, alpha
     return torch.where(trusted, term, untrusted * term).mean()
 
 
+def signed_off_surface_slope(phi: Tensor, side: Tensor, share: Tensor, *, alpha: float) -> Tensor:
+    """Of signed_off_surface_loss.
+
+    side: the sign where it is trusted, else 0; share: 1 where it is trusted, else `untrusted`; like phi.
+    """
+    side = torch.where(side == 0, phi.sign(), side)
+    # On the wrong side the exponent is nothing, and the slope that of the line.
+    return torch.exp((side * phi).clamp_min(0).mul(-alpha)).mul(side * share).mul(-alpha)
+
+
 def distance_loss(phi: Tensor, signed_distance: Tensor, known: Tensor, slack: float = 0.0) -> Tensor:
     """Mean over all samples of |phi - d| where the signed distance d to the cloud is `known` (n,) bool, else 0.
 
@@ -61,3 +97,11 @@ def distance_loss(phi: Tensor, signed_distance: Tensor, known: Tensor, slack: fl
     """
     excess = (phi - signed_distance).abs() - slack * signed_distance.abs()
     return torch.where(known, excess.clamp_min(0), 0).mean()
+
+
+def distance_slope(phi: Tensor, signed_distance: Tensor, known: Tensor, slack: float = 0.0) -> Tensor:
+    """Of distance_loss; `known` as 1 and 0, like phi."""
+    off = phi - signed_distance
+    if slack:
+        known = known * (off.abs() > slack * signed_distance.abs())
+    return off.sign() * known

@@ -14,21 +14,33 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from sdfserver.config import LocalConfig
+from sdfserver.config import LocalConfig, LossWeights
+from sdfserver.device import Captured, in_halves
 from sdfserver.errors import FieldFormatError, Stopped
 from sdfserver.files import reason
 from sdfserver.local import CellGrid, LocalLevel, LocalSirens, PartitionOfUnity, in_blocks
-from sdfserver.losses import distance_loss, eikonal_loss, normal_loss, surface_loss
+from sdfserver.losses import (
+    NO_WIDTH,
+    distance_slope,
+    eikonal_slope,
+    length_and_direction,
+    normal_slope,
+    surface_slope,
+)
 from sdfserver.sampling import Samples
-from sdfserver.siren import Siren
+from sdfserver.siren import Siren, back, there
+from sdfserver.stack import stacked_locally, unstacked_locally
 
 GROUP = 192
 """Networks that are fitted together on a CPU, where their activations then stay in cache."""
+GROUP_ON_DEVICE = 4096
+"""And elsewhere, if there is room: enough to fill any device."""
 CHUNK = 32_768
 """Points at which the coarse network is asked at a time."""
 CHECK_EVERY = 25
@@ -173,13 +185,12 @@ class Refinement:
                 _Verdict(held=nobody.float(), before=before[:0], after=before[:0], sound=nobody > 0, steps=nobody)
             ]
             parts: list[dict[str, Tensor]] = []
-            for some in _groups(members):
-                sirens, verdict = _fit_cells(
-                    self._coarse, members[some], before[some], self._noise, self._config, generator, should_stop
-                )
-                parts.append(sirens.state_dict())
-                verdicts.append(verdict)
-                done += len(some)
+            for group in _groups(members):
+                fit = partial(self._fit_group, members, before, generator, generator.get_state(), should_stop)
+                for sirens, verdict in in_halves(fit, group.tolist()):
+                    parts.append(sirens.state_dict())
+                    verdicts.append(verdict)
+                done += len(group)
                 on_progress(done / total)
             names = parts[0] if parts else ()
             found.append(
@@ -193,6 +204,19 @@ class Refinement:
             )
         self._seconds += time.perf_counter() - begin
         return found
+
+    def _fit_group(
+        self,
+        members: _Members,
+        before: Tensor,
+        generator: torch.Generator,
+        state: Tensor,
+        should_stop: Callable[[], bool],
+        rows: list[int],
+    ) -> tuple[LocalSirens, _Verdict]:
+        generator.set_state(state)  # whether it is tried for the first time, or again in halves
+        some = torch.tensor(rows, device=before.device)
+        return _fit_cells(self._coarse, members[some], before[some], self._noise, self._config, generator, should_stop)
 
     def join(self, found: Iterable[FittedCells]) -> tuple[PartitionOfUnity | Siren, RefineReport]:
         """The coarse network with those local ones over it that are closer to held-out points, and how that went."""
@@ -327,7 +351,7 @@ def _groups(members: _Members) -> Iterator[Tensor]:
     rows = torch.arange(len(members.cells), device=members.cells.device)
     if not len(rows):
         return
-    yield from torch.split(rows, GROUP if rows.device.type == "cpu" else len(rows))
+    yield from torch.split(rows, GROUP if rows.device.type == "cpu" else GROUP_ON_DEVICE)
 
 
 def _fit_cells(
@@ -352,44 +376,35 @@ def _fit_cells(
     doubt = (3 * before[:, :1] / grid.half).clamp_min(config.trusted_distance)
     known = target.abs() > doubt
     _start_as_planes(sirens, space, target)
-    weights = config.weights_for(noise / grid.half)
+    member, place = _ranges(members.start + members.held, members.count - members.held)
+    rows = members.rows[place]
+    fits = _CellFits(
+        sirens,
+        points=torch.cat([(members.points[rows] - centres[member]) / grid.half, members.normals[rows]], dim=1),
+        count=members.count - members.held,
+        space=torch.cat([space, target[..., None], known[..., None]], dim=2)[:, : config.pool - config.pool // 4],
+        weights=config.weights_for(noise / grid.half),
+        config=config,
+    )
 
     def misfit() -> Tensor:
         with torch.no_grad():
             f, g = in_blocks(sirens.value_and_gradient, held_u, owner)
         return _means(_misfit(f * grid.half, g, held_normals), owner)
 
-    member, place = _ranges(members.start + members.held, members.count - members.held)
-    rows = members.rows[place]
-    data = torch.cat([(members.points[rows] - centres[member]) / grid.half, members.normals[rows]], dim=1)
-    count = members.count - members.held
-    fitted_to = config.pool - config.pool // 4
-    optimizer = torch.optim.Adam(sirens.parameters(), lr=config.learning_rate, betas=(0.9, config.beta2), fused=True)
-    first, n, m, last_cost = (count.cumsum(0) - count)[:, None], config.batch_surface, config.batch_space, math.inf
-    batch_rows = torch.arange(n, device=device)
+    last_cost = math.inf
     for step in range(config.steps):
         if should_stop():
             raise Stopped("the local fits were stopped")
-        for group in optimizer.param_groups:
-            group["lr"] = config.rate(step)
-        batch = data[first + (step * n + batch_rows) % count[:, None]]
-        part = slice(step * m % fitted_to, step * m % fitted_to + m)
-        phi, gradient = sirens.value_and_gradient(torch.cat([batch[..., :3], space[:, part]], dim=1))
-        terms = {
-            "surface": surface_loss(phi[:, :n]),
-            "normal": normal_loss(gradient[:, :n], batch[..., 3:]),
-            "eikonal": eikonal_loss(gradient),
-            "distance": distance_loss(phi[:, n:], target[:, part], known[:, part], config.slack),
-        }
-        optimizer.zero_grad(set_to_none=True)
-        # Times k: a sum over the cells, so that none feels how many there are.
-        (weights.total(terms) * k).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
+        fits.take()
         if (step + 1) % CHECK_EVERY == 0 and config.rate(step) < LATE * config.learning_rate:
-            cost = float(_relative(misfit(), before).nanmean())
+            fits.leave()
+            cost = float(_relative(misfit(), before).nanmean())  # here the host waits for the device
             if cost > (1 - SETTLED) * last_cost:
                 break
             last_cost = cost
+    fits.leave()
+    fitted_to = config.pool - config.pool // 4
     after = misfit()
     with torch.no_grad():
         held_target = target[:, fitted_to:]
@@ -403,6 +418,75 @@ def _fit_cells(
         sound=sound,
         steps=torch.full_like(members.held, step + 1),
     )
+
+
+class _CellFits:
+    """The fits of k local networks, none of which knows of the others, as one batch of products.
+
+    points: (p, 6) in each cell's coordinates, with normals, one cell's after the other's, so many in each as `count`
+    (k,) says. space: (k, s, 5) samples of the space, with the target's value there and whether it is known.
+
+    On a CUDA device a step is recorded once: what it sees follows from a counter there.
+    """
+
+    def __init__(
+        self,
+        sirens: LocalSirens,
+        *,
+        points: Tensor,
+        count: Tensor,
+        space: Tensor,
+        weights: LossWeights,
+        config: LocalConfig,
+    ) -> None:
+        self._sirens, self._config, self._weights = sirens, config, weights
+        self._stack, device = stacked_locally(sirens), points.device
+        self._points, self._count, self._first = points, count[:, None], (count.cumsum(0) - count)[:, None]
+        self._space = space.view(len(sirens), -1, config.batch_space, space.shape[2])
+        self._batch = torch.arange(config.batch_surface, device=device)
+        self._rates = torch.tensor([config.rate(step) for step in range(config.steps)], device=device)
+        self._step = torch.zeros(1, dtype=torch.int64, device=device)
+        self._rate = self._rates[0].clone()
+        self._optimizer = torch.optim.Adam(
+            [self._stack.values],
+            lr=self._rate,
+            betas=(0.9, config.beta2),
+            fused=True,
+            capturable=device.type == "cuda",
+        )
+        self._width = self._rate.new_tensor(NO_WIDTH)
+        self.take = Captured(self._take, device)
+        """Takes one step."""
+
+    @torch.no_grad()
+    def _take(self) -> None:
+        stack, n, step = self._stack, self._config.batch_surface, self._step
+        on = self._points[self._first + (step * n + self._batch) % self._count]
+        off = self._space.index_select(1, step % self._space.shape[1])[:, 0]
+        *layers, linear = stack.layers(torch.float32)
+        phi, gradient, tape = there(torch.cat([on[..., :3], off[..., :3]], dim=1), linear, layers, keep=True)
+        d_phi, d_gradient = self._slopes(phi, gradient, on[..., 3:], off[..., 3], off[..., 4])
+        back(tape, d_phi, d_gradient, linear=True, out=stack.derivatives(torch.float32))
+        stack.collect(torch.float32)
+        self._rate.copy_(self._rates.index_select(0, step)[0])
+        self._optimizer.step()
+        step += 1
+
+    def _slopes(
+        self, phi: Tensor, gradient: Tensor, normals: Tensor, target: Tensor, known: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """With respect to phi and gradient, of the weighted terms; their means are over each cell's own samples."""
+        n, m, weights = normals.shape[1], target.shape[1], self._weights
+        d_on = surface_slope(phi[:, :n], self._width) * (weights.surface / 2 / n)
+        d_off = distance_slope(phi[:, n:], target, known, self._config.slack) * (weights.distance / m)
+        length, direction = length_and_direction(gradient)
+        d_gradient = eikonal_slope(length, direction).mul_(weights.eikonal / (n + m))
+        d_gradient[:, :n] += normal_slope(length[:, :n], direction[:, :n], normals) * (weights.normal / 2 / n)
+        return torch.cat([d_on, d_off], dim=1), d_gradient
+
+    def leave(self) -> None:
+        """Leave the parameters, as they are, in the networks."""
+        unstacked_locally(self._stack, self._sirens)
 
 
 def _start_as_planes(sirens: LocalSirens, space: Tensor, target: Tensor) -> None:

@@ -5,7 +5,7 @@ Layer: h = sin(omega (h W + b)); the last one is linear.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -60,64 +60,117 @@ def value_and_gradient(u: Tensor, linear: Tensor | None, layers: list[tuple[Tens
 
 
 class _ValueAndGradient(torch.autograd.Function):
-    """Both passes written out.
-
-    The gradient is an adjoint sweep of ordinary products, so that one backward pass differentiates a loss on it: no
-    double backward. And automatic differentiation would take each sine and cosine again on the way back.
-
-    Symbols: layer l: z_l = s_(l-1) W_l + b_l, s_l = sin z_l, c_l = cos z_l, s_0 = u; adjoints p_l = d phi / d s_l and
-    a_l = d phi / d z_l = c_l p_l; the gradient is a_1 W_1^T. D stands for the loss's derivative with respect to.
-    """
+    """`there` and `back` for automatic differentiation, which would take each sine and cosine again on the way back."""
 
     @staticmethod
     def forward(ctx: Any, keep: bool, u: Tensor, linear: Tensor | None, *layers: Tensor) -> tuple[Tensor, Tensor]:
-        *weights, last = layers[0::2]
-        *biases, offset = layers[1::2]
-        sines, cosines = [u], []
-        for weight, bias in zip(weights, biases, strict=True):
-            z = _affine(bias, sines[-1], weight)
-            cosines.append(z.cos())
-            sines = [*(sines if keep else []), z.sin_()]
-        phi = _affine(offset, sines[-1], last)
-        pulls, adjoints = [last.mT], []
-        for i in reversed(range(len(weights))):
-            adjoint = cosines[i] * pulls[-1]
-            pull = adjoint @ weights[i].mT
-            if keep:
-                adjoints.append(adjoint)
-                pulls.append(pull)
-            else:
-                pulls = [pull]
-                del cosines[i]
-        gradient = pulls.pop()
-        if linear is not None:
-            phi, gradient = phi + u @ linear, gradient + linear.mT
-        ctx.depth, ctx.has_linear = len(weights), linear is not None
-        if keep:
-            ctx.save_for_backward(*weights, last, *sines, *cosines, *reversed(pulls), *reversed(adjoints))
-        return phi[..., 0], gradient
+        phi, gradient, tape = there(u, linear, layers, keep=keep)
+        ctx.depth, ctx.has_linear = len(layers) // 2 - 1, linear is not None
+        ctx.save_for_backward(*tape.tensors)
+        return phi, gradient
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        d_phi, d_gradient = grads[0][..., None], grads[1]
-        saved, n = list(ctx.saved_tensors), ctx.depth
-        weights, last, sines = saved[:n], saved[n], saved[n + 1 : 2 * n + 2]
-        cosines, pulls, adjoints = (saved[2 * n + 2 + i * n : 2 * n + 2 + (i + 1) * n] for i in range(3))
-        d_linear = sines[0].mT @ d_phi + _total(d_gradient).mT if ctx.has_linear else None
-        d_weights, d_cosines, d_pull = [], [], d_gradient
-        for weight, cosine, pull, adjoint in zip(weights, cosines, pulls, adjoints, strict=True):
-            d_weights.append(d_pull.mT @ adjoint)
-            d_adjoint = d_pull @ weight
-            d_cosines.append(d_adjoint * pull)
-            d_pull = d_adjoint.mul_(cosine)
-        d_last = _total(d_pull).mT + sines[-1].mT @ d_phi
-        d_layers = [d_last, _total(d_phi)]
-        d_sine = d_phi * last.mT
-        for i in reversed(range(n)):
-            d_z = d_sine.mul_(cosines[i]).addcmul_(d_cosines[i], sines[i + 1], value=-1)
-            d_layers = [_affine(d_weights[i], sines[i].mT, d_z), _total(d_z), *d_layers]
-            d_sine = d_z @ weights[i].mT if i else d_z
+        d_layers = back(Tape(ctx.saved_tensors, ctx.depth), *grads, linear=ctx.has_linear)
+        d_linear = d_layers.pop() if ctx.has_linear else None
         return None, None, d_linear, *d_layers
+
+
+class Tape:
+    """What the way through a network of `depth` sine layers leaves for the way back.
+
+    Symbols: layer l: z_l = s_(l-1) W_l + b_l, s_l = sin z_l, c_l = cos z_l, s_0 = u; adjoints p_l = d phi / d s_l and
+    a_l = d phi / d z_l = c_l p_l; the gradient is a_1 W_1^T.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], depth: int) -> None:
+        self.tensors = tensors
+        self.weights, self.last, self.sines = tensors[:depth], tensors[depth], tensors[depth + 1 : 2 * depth + 2]
+        rest = tensors[2 * depth + 2 :]
+        self.cosines, self.pulls, self.adjoints = (rest[i * depth : (i + 1) * depth] for i in range(3))
+
+
+_NO_TAPE = Tape([torch.empty(0)], 0)
+
+
+def there(u: Tensor, linear: Tensor | None, layers: Sequence[Tensor], *, keep: bool) -> tuple[Tensor, Tensor, Tape]:
+    """Value (..., n), gradient (..., n, 3), and the tape if it is to be kept; as value_and_gradient, the layers flat.
+
+    The gradient is an adjoint sweep of ordinary products, so that one way back differentiates a loss on it: no double
+    backward.
+    """
+    weights = layers[0:-2:2]
+    phi, sines, cosines = _up(u, layers, keep=keep)
+    pulls, adjoints = [layers[-2].mT], []
+    for i in reversed(range(len(weights))):
+        adjoint = cosines[i] * pulls[-1]
+        pull = adjoint @ weights[i].mT
+        if keep:
+            adjoints.append(adjoint)
+            pulls.append(pull)
+        else:
+            pulls = [pull]
+            del cosines[i]
+    gradient = pulls.pop()
+    if linear is not None:
+        phi, gradient = phi + u @ linear, gradient + linear.mT
+    if not keep:
+        return phi[..., 0], gradient, _NO_TAPE
+    kept = [*weights, layers[-2], *sines, *cosines, *reversed(pulls), *reversed(adjoints)]
+    return phi[..., 0], gradient, Tape(kept, len(weights))
+
+
+def there_by_value(u: Tensor, layers: Sequence[Tensor]) -> tuple[Tensor, Tape]:
+    """The value (..., n) and the tape, without the gradient."""
+    phi, sines, cosines = _up(u, layers, keep=True)
+    return phi[..., 0], Tape([*layers[0:-2:2], layers[-2], *sines, *cosines], len(cosines))
+
+
+def _up(u: Tensor, layers: Sequence[Tensor], *, keep: bool) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    sines, cosines = [u], []
+    for weight, bias in zip(layers[0:-2:2], layers[1:-2:2], strict=True):
+        z = _affine(bias, sines[-1], weight)
+        cosines.append(z.cos())
+        sines = [*(sines if keep else []), z.sin_()]
+    return _affine(layers[-1], sines[-1], layers[-2]), sines, cosines
+
+
+def back(
+    tape: Tape,
+    d_phi: Tensor,
+    d_gradient: Tensor | None = None,
+    *,
+    linear: bool = False,
+    out: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """The loss's derivatives with respect to the layers, flat, and to `linear`, from those to phi and to the gradient.
+
+    d stands for the loss's derivative with respect to. They are written into `out` where it is given.
+    """
+    n = len(tape.weights)
+    into: Sequence[Tensor | None] = [None] * (2 * n + 3) if out is None else out
+    d_phi, d_pull = d_phi[..., None], d_gradient
+    through_weights: list[Tensor | None] = [None] * (n + 1)
+    through_cosines: list[Tensor | None] = [None] * n
+    if d_pull is not None:
+        for i in range(n):
+            through_weights[i] = d_pull.mT @ tape.adjoints[i]
+            d_adjoint = d_pull @ tape.weights[i]
+            through_cosines[i] = d_adjoint * tape.pulls[i]
+            d_pull = d_adjoint.mul_(tape.cosines[i])
+        through_weights[n] = _total(d_pull).mT
+    d_layers = [_product(tape.sines[-1].mT, d_phi, through_weights[n], into[2 * n]), _total(d_phi, into[2 * n + 1])]
+    d_sine = d_phi * tape.last.mT
+    for i in reversed(range(n)):
+        d_z = d_sine.mul_(tape.cosines[i])
+        if (d_cosine := through_cosines[i]) is not None:
+            d_z.addcmul_(d_cosine, tape.sines[i + 1], value=-1)
+        d_weight = _product(tape.sines[i].mT, d_z, through_weights[i], into[2 * i])
+        d_layers = [d_weight, _total(d_z, into[2 * i + 1]), *d_layers]
+        d_sine = d_z @ tape.weights[i].mT if i else d_z
+    if linear and d_gradient is not None:
+        d_layers.append(_product(tape.sines[0].mT, d_phi, _total(d_gradient).mT, into[2 * n + 2]))
+    return d_layers
 
 
 def _affine(bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -125,9 +178,16 @@ def _affine(bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     return torch.addmm(bias, x, weight) if x.ndim == 2 else torch.baddbmm(bias, x, weight)
 
 
-def _total(d: Tensor) -> Tensor:
+def _product(a: Tensor, b: Tensor, more: Tensor | None, out: Tensor | None) -> Tensor:
+    """a b + more, of one network or of a batch."""
+    if more is None:
+        return torch.matmul(a, b, out=out)
+    return torch.addmm(more, a, b, out=out) if a.ndim == 2 else torch.baddbmm(more, a, b, out=out)
+
+
+def _total(d: Tensor, out: Tensor | None = None) -> Tensor:
     """The sum (..., 1, m) over the points of d (..., n, m)."""
-    return d.sum(dim=-2, keepdim=True)
+    return torch.sum(d, dim=-2, keepdim=True, out=out)
 
 
 def layers_of(config: NetworkConfig) -> Iterator[tuple[int, int, float]]:

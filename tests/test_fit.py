@@ -14,8 +14,10 @@ from shapes import bowl, directions, even_sphere, sphere, torus
 import sdfserver.fit as fit_module
 from sdfserver.cloud import Frame, PointCloud
 from sdfserver.config import PRESETS, FitConfig, NetworkConfig, PoolConfig
+from sdfserver.descent import Descent, draw_rows
 from sdfserver.errors import DivergenceError, Stopped
-from sdfserver.fit import FitProgress, FitReport, Health, fit
+from sdfserver.fit import FitProgress, FitReport, fit
+from sdfserver.guard import Health, HeldOut, healths
 from sdfserver.sampling import draw_samples
 from sdfserver.siren import Siren
 
@@ -132,20 +134,20 @@ assert report.restarts == ()
 
 
 def test_the_fit_goes_back_to_its_last_good_state_once_and_halves_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    health, checks, rates = fit_module._health, [], []
+    look, checks, rates = Descent.look, [], []
 
-    def one_fault(*args: object, **options: object) -> Health:
+    def one_fault(self: Descent) -> list[tuple[dict[str, float], Health]]:
         checks.append(1)
-        found = health(*args, **options)  # type: ignore[arg-type]
-        return replace(found, wrong_signs=0.5) if len(checks) == 7 else found
+        ((terms, found),) = look(self)
+        return [(terms, replace(found, wrong_signs=0.5) if len(checks) == 7 else found)]
 
     step = torch.optim.Adam.step
 
     def recorded(self: torch.optim.Adam, *args: object) -> object:
-        rates.append(self.param_groups[0]["lr"])
+        rates.append(float(self.param_groups[0]["lr"]))
         return step(self, *args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(fit_module, "_health", one_fault)
+    monkeypatch.setattr(Descent, "look", one_fault)
     monkeypatch.setattr(torch.optim.Adam, "step", recorded)
     _, report = run(sphere(1000))
     assert len(report.restarts) == 1
@@ -180,17 +182,11 @@ def test_a_few_wrong_signs_are_a_collapse_only_where_nearly_all_are_wrong(n_wron
     trusted[samples.held_pool.trusted.nonzero()[:40, 0]] = True
     samples = replace(samples, held_pool=replace(samples.held_pool, trusted=trusted))
 
-    class Ball:
-        def __call__(self, x: torch.Tensor) -> torch.Tensor:
-            return x.norm(dim=1) - 0.9
-
-        def value_and_gradient(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            phi = self(x)
-            if x is samples.held_pool.points:
-                phi[trusted.nonzero()[:n_wrong, 0]] *= -1
-            return phi, x / x.norm(dim=1, keepdim=True)
-
-    health = fit_module._health(Ball(), samples, loss=1.0)  # type: ignore[arg-type]
+    held = HeldOut([samples])
+    length = held.x.norm(dim=1, keepdim=True)
+    phi = length[:, 0] - 0.9
+    phi[trusted.nonzero()[:n_wrong, 0]] *= -1  # the pool comes first
+    (health,) = healths([1.0], held.look(phi, held.x / length))
     assert (health.fault is None) == healthy
 
 
@@ -234,12 +230,11 @@ def test_the_rate_rises_then_falls() -> None:
 
 
 def test_a_stratified_batch_leaves_no_stretch_out_and_takes_none_twice() -> None:
-    generator, config = torch.Generator().manual_seed(0), FitConfig()
-    rows = fit_module._draw(100, 1000, config, generator)
+    generator = torch.Generator().manual_seed(0)
+    rows = draw_rows((200, 100), 1000, generator, stratified=True)
     assert (rows // 10 == torch.arange(100)).all()
-    seen = torch.cat([fit_module._draw(100, 1000, config, generator) for _ in range(200)])
-    assert len(seen.unique()) == 1000
-    few = fit_module._draw(100, 7, config, generator)
-    assert set(few.tolist()) == set(range(7))
-    random = fit_module._draw(100, 1000, replace(config, stratified=False), generator)
+    assert len(rows.unique()) == 1000
+    few = draw_rows((1, 100), 7, generator, stratified=True)
+    assert set(few[0].tolist()) == set(range(7))
+    random = draw_rows((1, 100), 1000, generator, stratified=False)
     assert (random // 10 != torch.arange(100)).any()

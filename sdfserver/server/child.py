@@ -158,6 +158,8 @@ class _Reporter:
 
 
 def _run(task: FitTask | MeshTask, reporter: _Reporter) -> Outcome:
+    from sdfserver.device import free_device_memory
+
     start = time.monotonic()
     try:
         if isinstance(task, FitTask):
@@ -181,7 +183,7 @@ def _run(task: FitTask | MeshTask, reporter: _Reporter) -> Outcome:
         log.exception("a job failed")
         return _INTERNAL
     finally:
-        _free_device_memory()
+        free_device_memory()
     return Outcome(how="done", seconds=time.monotonic() - start)
 
 
@@ -304,13 +306,6 @@ def _out_of_memory(error: Exception) -> bool:
     import torch
 
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(error)
-
-
-def _free_device_memory() -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _end_with_parent() -> None:
