@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.spatial import cKDTree
 
 from sdfserver.cloud import Frame
 from sdfserver.config import PoolConfig
 from sdfserver.io import read_cloud
+from sdfserver.neighbours import neighbours_of
 from sdfserver.sampling import normals_of, pool_positions
 from sdfserver.winding import DipoleTree, blurred_distance, point_areas, winding_number
 
@@ -44,7 +44,7 @@ def main() -> None:
     for path in args.clouds:
         cloud = read_cloud(path)
         points = Frame.around(cloud.points, margin=0.0).to_unit(cloud.points)
-        rng, nearest = np.random.default_rng(0), cKDTree(points)
+        rng, nearest = np.random.default_rng(0), neighbours_of(points, "cpu")
         areas = point_areas(points, nearest)
         pool = pool_positions(points, PoolConfig(), rng)
         start = time.perf_counter()
@@ -55,7 +55,7 @@ def main() -> None:
         start = time.perf_counter()
         full = full_sum(pool[some], points, areas[:, None] * normals_of(cloud))
         full_seconds = (time.perf_counter() - start) * len(pool) / len(some)
-        clear = nearest.query(pool[some])[0] > blurred_distance(areas)
+        clear = nearest.query(pool[some], 1)[0][:, 0] > blurred_distance(areas)
         wrong = (ours[some] > 0.5) != (full > 0.5)
         error = np.abs(ours[some] - full)[clear]
         print(

@@ -22,7 +22,6 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.spatial import cKDTree
 from torch import Tensor
 
 from sdfserver.cloud import Frame, PointCloud
@@ -32,6 +31,7 @@ from sdfserver.files import open_cloud, reason
 from sdfserver.io import read_cloud, read_mesh, write_mesh
 from sdfserver.mesh import TriangleMesh
 from sdfserver.metrics import MeshDistances, compare_meshes
+from sdfserver.neighbours import neighbours_of
 from sdfserver.reconstruct import choose_device, fit_field, reconstruct
 from sdfserver.sampling import normals_of, pool_positions, sketch_rows
 from sdfserver.winding import DipoleTree, point_areas, winding_number
@@ -200,7 +200,7 @@ def run(
         moved = {"read": 2.0 * path.stat().st_size, "write": 2.0 * out.stat().st_size}
     seconds = {"read": read_s, "write": write_s} | _seconds_of(result.report)
     work = _work_of(result.report, PRESETS[preset], config) | {name: (0.0, size) for name, size in moved.items()}
-    trees = _tree_stages(cloud, config.pool, seed)
+    trees = _tree_stages(cloud, config.pool, seed, choose_device(device))
     seconds |= {name: took for name, (took, _, _) in trees.items()}
     work |= {name: (flops, size) for name, (_, flops, size) in trees.items()}
     low = bool(result.report["fit"]["low_precision_steps"])
@@ -268,7 +268,9 @@ def _work_of(report: dict[str, Any], preset: Preset, config: FitConfig) -> dict[
     return work | {"mesh": (flops, 2.0 * 24 * (mesh["vertices"] + mesh["faces"]))}
 
 
-def _tree_stages(cloud: PointCloud, config: PoolConfig, seed: int) -> dict[str, tuple[float, float, float]]:
+def _tree_stages(
+    cloud: PointCloud, config: PoolConfig, seed: int, device: torch.device
+) -> dict[str, tuple[float, float, float]]:
     """Seconds, operations and bytes of the two larger parts of the pool, each run once more by itself."""
     frame = Frame.around(cloud.points, margin=0.0)
     rng = np.random.default_rng(seed)
@@ -277,15 +279,15 @@ def _tree_stages(cloud: PointCloud, config: PoolConfig, seed: int) -> dict[str, 
     positions = pool_positions(points, config, rng)
 
     def nearest() -> NDArray[np.float64]:
-        tree = cKDTree(points)
-        tree.query(positions, workers=-1)
-        return point_areas(points, tree)
+        among = neighbours_of(points, device)
+        among.query(positions, 1)
+        return point_areas(points, among)
 
     nearest_s, areas = _timed(nearest)
-    queries = torch.tensor(positions, dtype=torch.float32)
+    queries = torch.tensor(positions, dtype=torch.float32, device=device)
 
     def winding() -> DipoleTree:
-        tree = DipoleTree(points, normals, areas)
+        tree = DipoleTree(points, normals, areas, device)
         winding_number(queries, tree)
         return tree
 

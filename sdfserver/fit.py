@@ -184,7 +184,7 @@ def _fit_of(
 ) -> Generator[_Leg, Descended, Fitted]:
     """One fit from its samples to its report. It asks for legs of the coarse fit, and is sent how each ended."""
     start = time.perf_counter()
-    samples = job.samples or draw_samples(job.cloud_unit, config.pool, np.random.default_rng(job.seed))
+    samples = job.samples or draw_samples(job.cloud_unit, config.pool, np.random.default_rng(job.seed), device)
     samples = samples.to(device)
     pool_ready = time.perf_counter()
     network = replace(network, omega=config.omega_for(network.omega, samples.spacing))

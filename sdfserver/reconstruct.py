@@ -205,7 +205,7 @@ def fit_field(
         cloud, strays = drop_strays(cloud)  # first: one far stray makes the rest look like a single place
         cloud = validate(cloud)
         sketch = cloud.points[sketch_rows(len(cloud.points), np.random.default_rng(seed))]
-        frame = Frame.around(cloud.points, margin=spacing_of(sketch))
+        frame = Frame.around(cloud.points, margin=spacing_of(sketch, torch_device))
         cloud_unit = PointCloud(points=frame.to_unit(cloud.points), normals=cloud.normals)
         if on_cloud is not None:
             on_cloud(cloud)

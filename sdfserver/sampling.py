@@ -15,7 +15,8 @@ from torch import Tensor
 from sdfserver.cloud import PointCloud
 from sdfserver.config import PoolConfig
 from sdfserver.errors import CloudError
-from sdfserver.winding import DipoleTree, along_a_curve, blurred_distance, mean_spacing, point_areas, winding_number
+from sdfserver.neighbours import Neighbours, along_a_curve, neighbours_of
+from sdfserver.winding import DipoleTree, blurred_distance, mean_spacing, point_areas, winding_number
 
 FAR_SPACINGS, FAR_NOISES = 2, 8
 """Beyond this many mean spacings, and standard deviations of the noise, the nearest point of the cloud is as far as the
@@ -116,56 +117,68 @@ class Samples:
         return replace(self, **moved)
 
 
-def draw_samples(cloud_unit: PointCloud, config: PoolConfig, rng: np.random.Generator) -> Samples:
-    """The cloud parted into points to fit and points to judge by, and a pool of samples around it."""
+def draw_samples(
+    cloud_unit: PointCloud, config: PoolConfig, rng: np.random.Generator, device: torch.device | str = "cpu"
+) -> Samples:
+    """The cloud parted into points to fit and points to judge by, and a pool of samples around it, on `device`.
+
+    What is drawn at random is drawn on the host, and so the same on whatever device.
+    """
     points, normals = cloud_unit.points, normals_of(cloud_unit)
     n = len(points)
     if n <= SKETCH:
-        return sketch_samples(cloud_unit, config, rng, of=n)
+        return sketch_samples(cloud_unit, config, rng, of=n, device=device)
     drawn = sketch_rows(n, rng)
     sketch = PointCloud(points=points[drawn], normals=normals[drawn])
-    samples = sketch_samples(sketch, config, rng, of=n)
+    samples = sketch_samples(sketch, config, rng, of=n, device=device)
     near = Patches(sketch.points, samples.spacing * math.sqrt(len(drawn) / n), rng).mask(points)
     patches = PointCloud(points=points[near], normals=normals[near])
     return replace(
         samples,
-        whole_points=_tensor(points),
-        whole_normals=_tensor(normals),
-        noise=noise_of(patches, rng),
+        whole_points=_tensor(points).to(device),
+        whole_normals=_tensor(normals).to(device),
+        noise=noise_of(patches, rng, device),
     )
 
 
-def sketch_samples(sketch: PointCloud, config: PoolConfig, rng: np.random.Generator, *, of: int) -> Samples:
+def sketch_samples(
+    sketch: PointCloud,
+    config: PoolConfig,
+    rng: np.random.Generator,
+    *,
+    of: int,
+    device: torch.device | str = "cpu",
+) -> Samples:
     """Samples of a cloud `of` so many points, from those drawn from it: all, or a `sketch` that stands for them.
 
     A sketch's noise is that of its own points, and the whole cloud is taken to be no more than the sketch.
     """
     points, normals = sketch.points, normals_of(sketch)
-    tree = cKDTree(points)
-    areas = point_areas(points, tree)
+    neighbours = neighbours_of(points, device)
+    areas = point_areas(points, neighbours)
     spacing = mean_spacing(areas)
-    noise = estimate_noise(points, normals, tree, rng)
+    noise = estimate_noise(points, normals, neighbours, rng)
     far = max(FAR_SPACINGS * spacing, FAR_NOISES * noise.least)
     positions = pool_positions(points, config, rng)
-    w = winding_number(_tensor(positions), DipoleTree(points, normals, areas))
-    pool = _space_pool(
-        positions, tree.query(positions, workers=-1)[0], w, near=blurred_distance(areas), far=far, config=config
-    )
+    at = _tensor(positions).to(device)
+    w = winding_number(at, DipoleTree(points, normals, areas, device))
+    distance = _tensor(neighbours.query(positions, 1)[0][:, 0]).to(device)
+    pool = _space_pool(at, distance, w, near=blurred_distance(areas), far=far, config=config)
     shuffled = rng.permutation(len(points))
     n_held, n_pool_held = (min(max(FEWEST_HELD, round(HELD_SHARE * n)), MOST_HELD) for n in (len(points), config.size))
     held, kept = shuffled[:n_held], shuffled[n_held:]
-    kept = kept[along_a_curve(points[kept])]
+    kept = kept[along_a_curve(torch.from_numpy(points[kept])).numpy()]
     pool, held_pool = pool[n_pool_held:], pool[:n_pool_held]
-    kept_points, kept_normals = _tensor(points[kept]), _tensor(normals[kept])
+    kept_points, kept_normals = _tensor(points[kept]).to(device), _tensor(normals[kept]).to(device)
     return Samples(
         points=kept_points,
         normals=kept_normals,
-        spacings=_tensor(np.sqrt(areas[kept] * len(points) / of)),
+        spacings=_tensor(np.sqrt(areas[kept] * len(points) / of)).to(device),
         whole_points=kept_points,
         whole_normals=kept_normals,
-        held_points=_tensor(points[held]),
-        held_normals=_tensor(normals[held]),
-        pool=pool[torch.from_numpy(along_a_curve(pool.points.numpy()))],
+        held_points=_tensor(points[held]).to(device),
+        held_normals=_tensor(normals[held]).to(device),
+        pool=pool[along_a_curve(pool.points)],
         held_pool=held_pool,
         spacing=spacing,
         noise=noise,
@@ -199,13 +212,13 @@ def sketch_rows(n: int, rng: np.random.Generator) -> NDArray[np.int64]:
     return np.arange(n) if n <= SKETCH else np.sort(rng.permutation(n)[:SKETCH])
 
 
-def noise_of(cloud: PointCloud, rng: np.random.Generator) -> Noise:
-    """As estimate_noise, of an oriented cloud whose tree is of no other use."""
-    return estimate_noise(cloud.points, normals_of(cloud), cKDTree(cloud.points), rng)
+def noise_of(cloud: PointCloud, rng: np.random.Generator, device: torch.device | str = "cpu") -> Noise:
+    """As estimate_noise, of an oriented cloud whose neighbours are of no other use."""
+    return estimate_noise(cloud.points, normals_of(cloud), neighbours_of(cloud.points, device), rng)
 
 
 def estimate_noise(
-    points: NDArray[np.float64], normals: NDArray[np.float64], tree: cKDTree, rng: np.random.Generator
+    points: NDArray[np.float64], normals: NDArray[np.float64], among: Neighbours, rng: np.random.Generator
 ) -> Noise:
     """The standard deviation of the points along their normals, in the units of `points`.
 
@@ -216,7 +229,7 @@ def estimate_noise(
     """
     k = min(NOISE_NEIGHBOURS, len(points) - 1)
     rows = rng.permutation(len(points))[:NOISE_POINTS]
-    distance, neighbours = tree.query(points[rows], k + 1)
+    distance, neighbours = among.query(points[rows], k + 1)
     reach = np.maximum(distance[:, -1:], 1e-12)
     offsets = (points[neighbours] - points[rows, None]) / reach[..., None]
     axis = np.where(np.abs(normals[rows, :1]) < 0.7, [[1.0, 0.0, 0.0]], [[0.0, 1.0, 0.0]])
@@ -236,26 +249,25 @@ def estimate_noise(
 
 
 def _space_pool(
-    positions: NDArray[np.float64],
-    distances: NDArray[np.float64],
+    positions: Tensor,
+    distance: Tensor,
     w: Tensor,
     *,
     near: float,
     far: float,
     config: PoolConfig,
 ) -> SpacePool:
-    """A pool of samples at `positions` (m, 3), from their `distances` (m,) to the cloud and winding numbers w (m,).
+    """A pool of samples at `positions` (m, 3), from their `distance` (m,) to the cloud and winding numbers w (m,).
 
     Nearer than `near` no sign is trusted; beyond `far` the distance to the nearest point is that to the surface.
     """
-    distance = _tensor(distances)
     clear = distance > near
     if _seen_from_inside(w[clear]):
         w = w + 1
     sure = (w > 0.5 + config.inside_confidence) | (w < 0.5 - config.outside_confidence)
     trusted = sure & clear
     return SpacePool(
-        points=_tensor(positions),
+        points=positions,
         signed_distance=torch.where(w > 0.5, -distance, distance),
         first_guess=distance * ((0.5 - w) / FULL_GUESS).clamp(-1, 1),
         trusted=trusted,

@@ -100,10 +100,12 @@ def fit_tiles(
     path, torch_device, clock = Path(path), choose_device(device), clock or Clock(None, FIT_STAGES)
     work = _Folder(Path(folder), path, {"preset": preset, "seed": seed, "tile_points": tile_points})
     with clock.running("prepare"):
-        survey = _survey(work, path, seed)
+        survey = _survey(work, path, seed, torch_device)
         local = replace(local, most_cells=max(local.most_cells, survey.count // POINTS_PER_CELL))
         unit = PointCloud(points=survey.frame.to_unit(survey.sketch.points), normals=survey.sketch.normals)
-        samples = sketch_samples(unit, PRESETS[preset].fit.pool, np.random.default_rng(seed), of=survey.count)
+        samples = sketch_samples(
+            unit, PRESETS[preset].fit.pool, np.random.default_rng(seed), of=survey.count, device=torch_device
+        )
         samples = replace(samples, noise=survey.noise.scaled(survey.frame.scale))
     with clock.running("fit"):
         coarse, about = _coarse(
@@ -203,7 +205,7 @@ class _Folder:
             raise ConfigError(f"{printable(str(self.path(name)))} is damaged; remove the folder") from None
 
 
-def _survey(work: _Folder, path: Path, seed: int) -> _Survey:
+def _survey(work: _Folder, path: Path, seed: int, device: torch.device) -> _Survey:
     """One pass for the count, one for the sketch, one for the noise between neighbours."""
     if work.has(SURVEY):
         with np.load(work.path(SURVEY), allow_pickle=False) as saved:
@@ -222,7 +224,7 @@ def _survey(work: _Folder, path: Path, seed: int) -> _Survey:
         parts.append(_rows_of(chunk, rows[first:last] - before))
         before += len(chunk.points)
     sketch = validate(drop_strays(_joined(parts))[0])
-    spacing = spacing_of(sketch.points)
+    spacing = spacing_of(sketch.points, device)
     patches = Patches(sketch.points, spacing * math.sqrt(len(sketch.points) / count), rng)
     # The whole cloud reaches a little farther than its sketch, its strays much farther.
     box = sketch.points.min(axis=0) - 4 * spacing, sketch.points.max(axis=0) + 4 * spacing
@@ -234,7 +236,7 @@ def _survey(work: _Folder, path: Path, seed: int) -> _Survey:
             corners = [np.minimum(corners[0], inside.min(axis=0)), np.maximum(corners[1], inside.max(axis=0))]
         near.append(_rows_of(chunk, patches.mask(chunk.points)))
     frame = Frame.around(np.stack(corners), margin=spacing)
-    survey = _Survey(count=count, strays=strays, sketch=sketch, frame=frame, noise=noise_of(_joined(near), rng))
+    survey = _Survey(count=count, strays=strays, sketch=sketch, frame=frame, noise=noise_of(_joined(near), rng, device))
     with replacing(work.path(SURVEY)) as stream:
         np.savez(
             stream,

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.spatial import cKDTree
 from torch import Tensor
+
+from sdfserver.neighbours import Neighbours, along_a_curve, morton, neighbours_of
 
 AREA_NEIGHBOURS = 12
 LEAF_POINTS = 8
@@ -49,74 +50,78 @@ class Dipoles:
 
 
 class DipoleTree:
-    """An octree over oriented points (n, 3), with normals (n, 3) and areas (n,)."""
+    """An octree over oriented points (n, 3), with normals (n, 3) and areas (n,), on `device`."""
 
-    def __init__(self, points: NDArray[np.float64], normals: NDArray[np.float64], areas: NDArray[np.float64]) -> None:
+    def __init__(
+        self,
+        points_on_host: NDArray[np.float64],
+        normals_on_host: NDArray[np.float64],
+        areas_on_host: NDArray[np.float64],
+        device: torch.device | str = "cpu",
+    ) -> None:
+        host = points_on_host, normals_on_host, areas_on_host
+        points, normals, areas = (torch.from_numpy(array).to(device) for array in host)
         depth = max(1, round(math.log(max(len(points) / LEAF_POINTS, 1), 4)))
-        low = points.min(axis=0)
-        cells = (points - low) * (2**depth / max(float((points - low).max()), 1e-300))
-        codes = _morton(np.minimum(cells.astype(np.int64), 2**depth - 1), depth)
-        order = codes.argsort(kind="stable")
-        codes, points = codes[order], points[order]
-        weights = np.maximum(areas[order], 1e-300)
-        vectors = weights[:, None] * normals[order]
+        low = points.amin(dim=0)
+        cells = (points - low) * (2**depth / (points - low).max().clamp_min(1e-300))
+        codes = morton(cells.long().clamp(max=2**depth - 1), depth)
+        codes, order = codes.sort(stable=True)
+        points, weights = points[order], areas[order].clamp_min(1e-300)[:, None]
+        vectors = weights * normals[order]
         self.levels: list[Dipoles] = []
         """From the root to the points."""
         self.terms = 0
         """Pairs of query and node that were summed so far."""
-        starts = [np.unique(codes >> 3 * (depth - level), return_index=True)[1] for level in range(depth + 1)]
-        for start, next_start in zip(starts, [*starts[1:], np.arange(len(points))], strict=True):
-            first = np.searchsorted(next_start, start)
-            total = np.add.reduceat(weights, start)
-            centres = np.add.reduceat(weights[:, None] * points, start) / total[:, None]
-            sizes = np.diff(start, append=len(points))
-            away = np.linalg.norm(points - centres.repeat(sizes, axis=0), axis=1)
+        starts = [_starts(codes >> 3 * (depth - level)) for level in range(depth + 1)]
+        everything = torch.arange(len(points), device=points.device)
+        for start, next_start in zip(starts, [*starts[1:], everything], strict=True):
+            first = torch.searchsorted(next_start, start)
+            sizes = _lengths(start, len(points))
+            owner = torch.arange(len(start), device=points.device).repeat_interleave(sizes)
+            total = _sums(weights, owner, len(start))
+            centres = _sums(weights * points, owner, len(start)) / total
+            away = (points - centres[owner]).norm(dim=1)
             self.levels.append(
-                _level(
-                    centres,
-                    np.add.reduceat(vectors, start),
-                    np.maximum.reduceat(away, start),
-                    first,
-                    np.diff(first, append=len(next_start)),
+                Dipoles(
+                    points=centres.float(),
+                    vectors=_sums(vectors, owner, len(start)).float(),
+                    radii=away.new_zeros(len(start)).scatter_reduce_(0, owner, away, "amax").float(),
+                    first=first,
+                    count=_lengths(first, len(next_start)),
                 )
             )
-        nothing = np.zeros(len(points), dtype=np.int64)
-        self.levels.append(_level(points, vectors, np.zeros(len(points)), nothing, nothing))
+        nothing = torch.zeros_like(everything)
+        self.levels.append(
+            Dipoles(points=points.float(), vectors=vectors.float(), radii=nothing.float(), first=nothing, count=nothing)
+        )
 
 
-def _level(
-    points: NDArray[np.float64],
-    vectors: NDArray[np.float64],
-    radii: NDArray[np.float64],
-    first: NDArray[np.int64],
-    count: NDArray[np.int64],
-) -> Dipoles:
-    points32, vectors32, radii32 = (torch.tensor(x, dtype=torch.float32) for x in (points, vectors, radii))
-    return Dipoles(
-        points=points32, vectors=vectors32, radii=radii32, first=torch.tensor(first), count=torch.tensor(count)
-    )
+def _starts(codes: Tensor) -> Tensor:
+    """Where in ascending `codes` (n,) a new one begins."""
+    return (codes.diff(prepend=codes[:1] - 1) != 0).nonzero()[:, 0]
 
 
-def _morton(cells: NDArray[np.int64], bits: int) -> NDArray[np.int64]:
-    """Numbers (n,) of cells (n, 3) of `bits` binary digits an axis, in the order of a walk through an octree."""
-    codes = np.zeros(len(cells), dtype=np.int64)
-    for bit in range(bits):
-        for axis in range(3):
-            codes |= (cells[:, axis] >> bit & 1) << (3 * bit + 2 - axis)
-    return codes
+def _lengths(start: Tensor, end: int) -> Tensor:
+    """How long each of the ranges is that begin at `start`, the last of which ends at `end`."""
+    return start.diff(append=start.new_tensor([end]))
 
 
-def point_areas(points: NDArray[np.float64], tree: cKDTree) -> NDArray[np.float64]:
+def _sums(values: Tensor, owner: Tensor, n: int) -> Tensor:
+    """The sums (n, c) of values (p, c) by owner (p,)."""
+    return values.new_zeros((n, values.shape[1])).index_add_(0, owner, values)
+
+
+def point_areas(points: NDArray[np.float64], among: Neighbours) -> NDArray[np.float64]:
     """The area (n,) that each of `points` (n, 3) stands for: its disc out to the 12th neighbour, over 12."""
     k = min(AREA_NEIGHBOURS, len(points) - 1)
-    distance, _ = tree.query(points, [k + 1], workers=-1)
-    areas: NDArray[np.float64] = math.pi * distance[:, 0] ** 2 / k
+    distance, _ = among.query(points, k + 1)
+    areas: NDArray[np.float64] = math.pi * distance[:, -1] ** 2 / k
     return areas
 
 
-def spacing_of(points: NDArray[np.float64]) -> float:
-    """The mean distance between neighbouring ones of `points` (n, 3)."""
-    return mean_spacing(point_areas(points, cKDTree(points)))
+def spacing_of(points: NDArray[np.float64], device: torch.device | str = "cpu") -> float:
+    """The mean distance between neighbouring ones of `points` (n, 3); looked for on `device`."""
+    return mean_spacing(point_areas(points, neighbours_of(points, device)))
 
 
 def mean_spacing(areas: NDArray[np.float64]) -> float:
@@ -130,11 +135,11 @@ def blurred_distance(areas: NDArray[np.float64]) -> float:
 
 
 def winding_number(queries: Tensor, tree: DipoleTree) -> Tensor:
-    """Winding numbers (q,) at `queries` (q, 3)."""
+    """Winding numbers (q,) at `queries` (q, 3), which are where the tree is."""
     device, n = queries.device, len(queries)
     if not n:
         return queries.new_empty(0)
-    order = torch.from_numpy(along_a_curve(queries.cpu().numpy())).to(device)
+    order = along_a_curve(queries)
     padded = torch.cat([order, order[-1:].expand(-n % GROUP)])
     groups = queries[padded].view(-1, GROUP, 3)
     axes = [groups[..., axis].contiguous() for axis in range(3)]
@@ -143,26 +148,18 @@ def winding_number(queries: Tensor, tree: DipoleTree) -> Tensor:
     w = queries.new_zeros(groups.shape[:2])
     owner, node = torch.arange(len(groups), device=device), torch.zeros(len(groups), dtype=torch.int64, device=device)
     for level in tree.levels:
-        here = Dipoles(**{name: value.to(device) for name, value in vars(level).items()})
-        gap = (centres[owner] - here.points[node]).norm(dim=1) - reach[owner]
-        whole = (gap > OPENING * here.radii[node]) | (here.count[node] == 0)
-        _add(w, axes, owner[whole], here, node[whole])
+        gap = (centres[owner] - level.points[node]).norm(dim=1) - reach[owner]
+        whole = (gap > OPENING * level.radii[node]) | (level.count[node] == 0)
+        _add(w, axes, owner[whole], level, node[whole])
         tree.terms += GROUP * int(whole.sum())
         owner, node = owner[~whole], node[~whole]
-        count = here.count[node]
-        shift = here.first[node] - (count.cumsum(0) - count)
+        count = level.count[node]
+        shift = level.first[node] - (count.cumsum(0) - count)
         owner, shift = owner.repeat_interleave(count), shift.repeat_interleave(count)
         node = torch.arange(len(owner), device=device) + shift
     out = torch.empty_like(queries[:, 0])
     out[padded] = w.flatten()
     return out
-
-
-def along_a_curve(points: NDArray[np.float64] | NDArray[np.float32]) -> NDArray[np.int64]:
-    """The order of `points` (n, 3) along a Morton curve, on which neighbours are mostly near each other."""
-    low = points.min(axis=0)
-    cells = (points - low) * (1023 / max(float((points - low).max()), 1e-30))
-    return _morton(cells.astype(np.int64), 10).argsort(kind="stable")
 
 
 def _add(w: Tensor, axes: list[Tensor], owner: Tensor, dipoles: Dipoles, node: Tensor) -> None:

@@ -115,7 +115,7 @@ def tiny_paper(monkeypatch: pytest.MonkeyPatch) -> None:
     """The published recipe with a small network and mesh, and no judge of the shape that it has after some steps."""
     tiny = replace(PRESETS["paper"], network=NetworkConfig(hidden=32, layers=2), mesh=MeshConfig(resolution=32))
     monkeypatch.setitem(cast(dict[str, Preset], PRESETS), "paper", tiny)
-    monkeypatch.setattr("sdfserver.fit.MAX_WRONG_SIDES", 1.0)
+    monkeypatch.setattr("sdfserver.guard.MAX_WRONG_SIDES", 1.0)
 
 
 @pytest.mark.usefixtures("tiny_paper")

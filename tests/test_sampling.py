@@ -9,6 +9,7 @@ from shapes import bowl, rippled_sphere, sphere, torus
 from sdfserver.cloud import PointCloud
 from sdfserver.config import PRESETS, PoolConfig
 from sdfserver.errors import CloudError
+from sdfserver.neighbours import neighbours_of
 from sdfserver.sampling import draw_samples, estimate_noise
 
 SMALL_POOL = PoolConfig(size=5000)
@@ -100,7 +101,7 @@ def test_noise_is_estimated_within_a_fifth(noise: float) -> None:
     cloud = torus(20_000)
     assert cloud.normals is not None
     points = cloud.points + rng().normal(size=cloud.points.shape) * noise
-    found = estimate_noise(points, cloud.normals, cKDTree(points), rng())
+    found = estimate_noise(points, cloud.normals, neighbours_of(points, "cpu"), rng())
     assert found.by_quadrics == pytest.approx(noise, rel=0.2)
     assert found.least == pytest.approx(noise, rel=0.3)
 
@@ -108,14 +109,14 @@ def test_noise_is_estimated_within_a_fifth(noise: float) -> None:
 def test_a_clean_cloud_has_next_to_no_noise() -> None:
     cloud = torus(20_000)
     assert cloud.normals is not None
-    assert estimate_noise(cloud.points, cloud.normals, cKDTree(cloud.points), rng()).least < 1e-4
+    assert estimate_noise(cloud.points, cloud.normals, neighbours_of(cloud.points, "cpu"), rng()).least < 1e-4
 
 
 def test_waves_are_not_taken_for_noise() -> None:
     """Ripples hardly longer than the way to two dozen neighbours."""
     cloud = rippled_sphere(20_000, height=0.01, waves=40.0)
     assert cloud.normals is not None
-    found = estimate_noise(cloud.points, cloud.normals, cKDTree(cloud.points), rng())
+    found = estimate_noise(cloud.points, cloud.normals, neighbours_of(cloud.points, "cpu"), rng())
     assert found.by_quadrics > 1e-3
     assert found.least < 0.5 * found.by_quadrics
 

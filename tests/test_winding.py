@@ -3,16 +3,16 @@
 import numpy as np
 import pytest
 import torch
-from scipy.spatial import cKDTree
 from shapes import bowl, directions, sphere, torus
 from torch import Tensor
 
 from sdfserver.cloud import PointCloud
+from sdfserver.neighbours import neighbours_of
 from sdfserver.winding import DipoleTree, blurred_distance, point_areas, winding_number
 
 
 def areas_of(cloud: PointCloud) -> np.ndarray:
-    return point_areas(cloud.points, cKDTree(cloud.points))
+    return point_areas(cloud.points, neighbours_of(cloud.points, "cpu"))
 
 
 def winding_at(cloud: PointCloud, queries: np.ndarray) -> Tensor:
@@ -31,7 +31,7 @@ def full_sum(cloud: PointCloud, queries: np.ndarray) -> np.ndarray:
 
 def test_point_areas_add_up_to_the_surface() -> None:
     cloud = sphere(20_000)
-    assert point_areas(cloud.points, cKDTree(cloud.points)).sum() == pytest.approx(4 * np.pi, rel=0.15)
+    assert point_areas(cloud.points, neighbours_of(cloud.points, "cpu")).sum() == pytest.approx(4 * np.pi, rel=0.15)
 
 
 def test_inside_is_one_and_outside_is_zero() -> None:
@@ -59,7 +59,7 @@ def test_the_tree_agrees_with_the_full_sum(n: int) -> None:
     cloud = torus(n)
     queries = np.random.default_rng(1).random((500, 3)) * 1.8 - 0.9
     error = np.abs(winding_at(cloud, queries).numpy() - full_sum(cloud, queries))
-    away = cKDTree(cloud.points).query(queries)[0] > blurred_distance(areas_of(cloud))
+    away = neighbours_of(cloud.points, "cpu").query(queries, 1)[0][:, 0] > blurred_distance(areas_of(cloud))
     assert error[away].max(initial=0) < 0.06
     assert error.mean() < 0.015
 
@@ -80,4 +80,4 @@ def test_each_query_keeps_its_place() -> None:
 
 def test_duplicate_points_stand_for_no_area() -> None:
     points = np.zeros((100, 3))
-    assert (point_areas(points, cKDTree(points)) == 0).all()
+    assert (point_areas(points, neighbours_of(points, "cpu")) == 0).all()
