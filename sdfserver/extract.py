@@ -18,6 +18,7 @@ change of sign, into what had been dropped as well, until nothing crosses the bo
 with a change of sign has its eight corners evaluated, so the triangles are those of the dense grid.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -25,17 +26,17 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from skimage.measure import marching_cubes
 from torch import Tensor
 
+from sdfserver.device import free_device_memory
 from sdfserver.errors import ExtractionError, NoSurfaceError, Stopped
-from sdfserver.mesh import face_normals, vertex_normals
+from sdfserver.marching import CORNERS, EDGES, MARGIN, inner_place, triangles_of
+from sdfserver.mesh import vertex_normals
+
+log = logging.getLogger(__name__)
 
 BRICK = 8
 """Nodes along one side of a brick, the unit of storage."""
-MARGIN = 1e-3
-"""Vertices stay this share of a voxel away from the nodes: at a sample on the level several would be in one place, and
-the triangles between them without area."""
 LIPSCHITZ_SAFETY = 1.25
 """The Lipschitz bound is this much larger than the steepest slope that was seen."""
 OWN_SAFETY = 2.0
@@ -45,16 +46,14 @@ FLOOR = 0.25
 seen in any block of that size, and at least FLOOR of that."""
 SETTLED = 0.01
 """A Newton step shorter than this share of a voxel is taken without looking at where it led."""
+SMALLEST_BATCH = 1024
+"""Points; a device that has no room for these has none for anything."""
 REACH = 0.5
 """No vertex moves farther than this share of a voxel from where marching cubes put it."""
 
-_CORNERS = torch.cartesian_prod(*3 * [torch.arange(2, dtype=torch.int32)])
 _STENCIL = torch.cartesian_prod(*3 * [torch.arange(3, dtype=torch.int32)])
-_PACK = 32
-"""Cells along one side of the volume that is handed to scikit-image: coordinates below 64 leave float32 18 bits of
-fraction, and MARGIN / _CLIP keeps every vertex farther than that from the nodes."""
-_CLIP = 8.0
-_CHUNK = 1 << 16
+_CHUNK, _DEVICE_CHUNK = 1 << 16, 1 << 22
+"""Rows from which something is built at a time, on a CPU, where it then stays in cache, and elsewhere."""
 
 
 class ScalarField(Protocol):
@@ -132,9 +131,9 @@ def extract(
         vertices, normals = _project(grid, vertices, faces, projection_steps)
     grid.on_progress(1.0)
     return ExtractedSurface(
-        vertices_unit=vertices,
-        faces=faces,
-        normals=normals,
+        vertices_unit=vertices.cpu().numpy(),
+        faces=faces.cpu().numpy(),
+        normals=normals.cpu().numpy(),
         evaluations=grid.evaluations,
         gradient_evaluations=grid.gradient_evaluations,
         lipschitz=grid.lipschitz,
@@ -172,10 +171,11 @@ class _Grid:
     def values(self, nodes: Tensor) -> Tensor:
         """The value phi - level at nodes (n, 3), never zero."""
         out = torch.empty(len(nodes), dtype=self.dtype, device=self.device)
-        for start in range(0, len(nodes), self.batch_size):
-            self.check_stop()
-            part = slice(start, start + self.batch_size)
+
+        def ask(part: slice) -> None:
             out[part] = self.field.value(self.points(nodes[part]).to(self.dtype))
+
+        self._in_batches(ask, len(nodes))
         self.evaluations += len(nodes)
         if len(nodes):
             low, high = (float(x) for x in torch.aminmax(out))  # synchronises; NaN spreads into both
@@ -191,14 +191,30 @@ class _Grid:
         """The value phi - level (n,) and its gradient (n, 3) at points (n, 3), float64."""
         value = torch.empty(len(points), dtype=torch.float64, device=self.device)
         gradient = torch.empty((len(points), 3), dtype=torch.float64, device=self.device)
-        size = max(1, self.batch_size // 2)  # a gradient keeps twice the activations
-        for start in range(0, len(points), size):
-            self.check_stop()
-            part = slice(start, start + size)
-            phi, g = self.field.value_and_gradient(points[part].to(self.dtype))
-            value[part], gradient[part] = phi, g
+
+        def ask(part: slice) -> None:
+            value[part], gradient[part] = self.field.value_and_gradient(points[part].to(self.dtype))
+
+        self._in_batches(ask, len(points), share=0.5)  # a gradient keeps twice the activations
         self.gradient_evaluations += len(points)
         return value - self.level, gradient
+
+    def _in_batches(self, ask: Callable[[slice], None], n: int, *, share: float = 1.0) -> None:
+        """Has `ask` see to n points, a batch at a time, or a `share` of one; smaller ones where memory runs out."""
+        start = 0
+        while start < n:
+            self.check_stop()
+            end = min(n, start + max(1, int(share * self.batch_size)))
+            try:
+                ask(slice(start, end))
+                start = end
+                continue
+            except torch.OutOfMemoryError:
+                if self.batch_size <= SMALLEST_BATCH:
+                    raise
+            self.batch_size = max(SMALLEST_BATCH, self.batch_size // 4)
+            free_device_memory()
+            log.warning("the device's memory is full; the field is asked at %d points at a time", self.batch_size)
 
     def measure_slopes(self, values: Tensor, nodes: Tensor, stride: int) -> None:
         """Sets the Lipschitz bound and the unit in which values are handed to scikit-image.
@@ -346,8 +362,9 @@ def _lipschitz_bound(grid: _Grid, stride: int) -> float:
     return grid.lipschitz * 3**0.5 / 2 * stride * grid.h
 
 
-def _parts(rows: Tensor, size: int = _CHUNK) -> Iterator[Tensor]:
+def _parts(rows: Tensor) -> Iterator[Tensor]:
     """Consecutive parts of `rows`, so that what is built from each stays small; one empty part of an empty tensor."""
+    size = _CHUNK if rows.device.type == "cpu" else _DEVICE_CHUNK
     return (rows[start : start + size] for start in range(0, max(len(rows), 1), size))
 
 
@@ -356,7 +373,7 @@ def _split(blocks: Tensor, bounds: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _corner_nodes(blocks: Tensor) -> Tensor:
-    return blocks[:, None] + _CORNERS.to(blocks.device)
+    return blocks[:, None] + CORNERS.to(blocks.device)
 
 
 def _corner_values(lattice: _Lattice, blocks: Tensor) -> Tensor:
@@ -418,7 +435,7 @@ def _refine_last(grid: _Grid, parent: _Lattice, blocks: Tensor, bounds: Tensor) 
 def _predict(grid: _Grid, parent: _Lattice, blocks: Tensor) -> _Lattice:
     """The lattice of half the parent's stride over `blocks` (n, 3), filled by interpolation."""
     child, stencil = _Lattice(2 * parent.nodes_per_side - 1, grid), _STENCIL.to(grid.device)
-    child.store((2 * part)[:, None] + 2 * _CORNERS.to(grid.device) for part in _parts(blocks))
+    child.store((2 * part)[:, None] + 2 * CORNERS.to(grid.device) for part in _parts(blocks))
     inherited = (stencil % 2 == 0).all(dim=-1)
     for part in _parts(blocks):
         slots = child.slots((2 * part)[:, None] + stencil)
@@ -434,7 +451,7 @@ def _undecided_children(parent: _Lattice, blocks: Tensor, bounds: Tensor) -> Ten
         fine = _interpolate(_corner_values(parent, part))
         low, high = _window(fine, torch.minimum).flatten(1), _window(fine, torch.maximum).flatten(1)
         block, corner = (~((low > bound[:, None]) | (high < -bound[:, None]))).nonzero().unbind(1)
-        children.append(2 * part[block] + _CORNERS.to(parent.values.device)[corner])
+        children.append(2 * part[block] + CORNERS.to(parent.values.device)[corner])
     return torch.cat(children)
 
 
@@ -474,7 +491,7 @@ def _flood(grid: _Grid, lattice: _Lattice, cells: Tensor) -> Tensor:
         found.append(cells)
         # Predictions of which the sign was thought certain, and was not: look around them again.
         flipped = slots[(predicted < 0) != (lattice.values[slots] < 0)]
-        around = (lattice.nodes(flipped)[:, None] - _CORNERS.to(grid.device)).reshape(-1, 3)
+        around = (lattice.nodes(flipped)[:, None] - CORNERS.to(grid.device)).reshape(-1, 3)
         beyond = _across(lattice, cells, grid.resolution)
         cells = torch.cat([around, beyond])
         cells = _visit(lattice, cells[((cells >= 0) & (cells < grid.resolution)).all(dim=-1)])
@@ -512,63 +529,35 @@ def _across(lattice: _Lattice, cells: Tensor, resolution: int) -> Tensor:
     return torch.cat(found)
 
 
-def _march(grid: _Grid, lattice: _Lattice, cells: Tensor) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _march(grid: _Grid, lattice: _Lattice, cells: Tensor) -> tuple[Tensor, Tensor]:
     """Marching cubes on each of the cells (n, 3), with the vertices on shared edges found by the edge, not by place.
 
     Returns keys (v,), ascending, and faces (f, 3) into them. A key is 4 x the node's number + an axis: the vertex on
     the edge from that node along that axis; axis 3 stands for the extra vertex within the cell.
     """
-    nodes_per_side = grid.resolution + 1
+    side = grid.resolution + 1
+    i, j, k, axis = torch.cat([EDGES, EDGES.new_tensor([[0, 0, 0, 3]])]).to(grid.device).unbind(1)
+    beyond = ((i * side + j) * side + k) * 4 + axis
     keys, faces = [], []
-    for part in _parts(cells, _PACK**3):
+    for part in _parts(cells):
         grid.check_stop()
-        values = lattice.values[lattice.slots(_corner_nodes(part))].cpu().numpy().astype(np.float64)
-        corner, local, triangles = _march_packed(part.cpu().numpy(), values / grid.unit)
-        between = (local > 0) & (local < 1)
-        on_edge = between.sum(1) == 1
-        axis = np.where(on_edge, between.argmax(1), 3)
-        corner[on_edge] += (local[on_edge] == 1).astype(np.int64)
-        i, j, k = corner.T
-        key = ((i * nodes_per_side + j) * nodes_per_side + k) * 4 + axis
-        batch_keys, index = np.unique(key, return_inverse=True)
+        owner, edges = triangles_of(part, _corner_values(lattice, part).flatten(1) / grid.unit)
+        i, j, k = part.long().unbind(1)
+        key = (((i * side + j) * side + k) * 4)[owner][:, None] + beyond[edges]
+        batch_keys, index = torch.unique(key, return_inverse=True)
         keys.append(batch_keys)
-        faces.append(index[triangles])
-    merged = np.unique(np.concatenate(keys))
-    joined = [np.searchsorted(merged, own)[triangles] for own, triangles in zip(keys, faces, strict=True)]
-    return merged, np.concatenate(joined)
+        faces.append(index)
+    if len(keys) == 1:
+        return keys[0], faces[0]
+    merged = torch.unique(torch.cat(keys))
+    joined = [torch.searchsorted(merged, own)[index] for own, index in zip(keys, faces, strict=True)]
+    return merged, torch.cat(joined)
 
 
-def _march_packed(
-    cells: NDArray[np.int32], values: NDArray[np.float64]
-) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
-    """scikit-image's marching cubes on cells (n, 3) with corner values (n, 8), at most _PACK^3 of them.
-
-    The cells lie side by side in one volume, each with its own eight nodes, and a mask skips the gaps. A cell's
-    triangles follow from its own eight values, and a face's edges from its four: neighbours agree.
-    Returns for each vertex its cell and its place in it, within [0, 1]^3, and the triangles (f, 3).
-    """
-    # Where the product test on an ambiguous face is a tie, the two cells at the face may decide differently: nodes
-    # are scaled apart by a fixed pattern. Bounding the values keeps vertices off the nodes (see _PACK). Both
-    # change only which triangles are chosen in ambiguous cells, near a tie; where vertices lie is computed elsewhere.
-    node = cells[:, None].astype(np.int64) + _CORNERS.numpy()
-    pattern = (node[..., 0] * 73_856_093 ^ node[..., 1] * 19_349_663 ^ node[..., 2] * 83_492_791) % 1021
-    values = np.copysign(np.clip(np.abs(values), MARGIN, _CLIP), values) * (1 + pattern * 2.0**-24)
-    packed = np.ones((_PACK**3, 8), np.float32)
-    packed[: len(values)] = values
-    volume = packed.reshape(3 * (_PACK,) + 3 * (2,)).transpose(0, 3, 1, 4, 2, 5).reshape(3 * (2 * _PACK,))
-    mask = np.zeros(volume.shape, bool)
-    mask[1::2, 1::2, 1::2] = True  # scikit-image looks at the high corner of a cell
-    vertices, triangles, _, _ = marching_cubes(volume, 0.0, mask=mask)
-    place = np.floor(vertices / 2).astype(np.int64)
-    owner = cells[(place[:, 0] * _PACK + place[:, 1]) * _PACK + place[:, 2]].astype(np.int64)
-    return owner, vertices.astype(np.float64) - 2 * place, triangles
-
-
-def _place(grid: _Grid, lattice: _Lattice, keys: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Positions (v, 3) of the vertices with these keys: linear interpolation along the edge."""
-    side, out = grid.resolution + 1, np.empty((len(keys), 3))
-    for start in range(0, len(keys), _CHUNK):
-        key = torch.from_numpy(keys[start : start + _CHUNK]).to(grid.device)
+def _place(grid: _Grid, lattice: _Lattice, keys: Tensor) -> Tensor:
+    """Positions (v, 3) float64 of the vertices with these keys: linear interpolation along the edge."""
+    side, out = grid.resolution + 1, []
+    for key in _parts(keys):
         axis, number = key % 4, key // 4
         node = torch.stack([number // side**2, number // side % side, number % side], dim=-1).int()
         step = torch.nn.functional.one_hot(axis, 4)[:, :3].int()
@@ -576,35 +565,27 @@ def _place(grid: _Grid, lattice: _Lattice, keys: NDArray[np.int64]) -> NDArray[n
         high = lattice.values[lattice.slots(node + step)].double()
         inner = (axis == 3).nonzero()[:, 0]
         place = node + step * (low / (low - high)).clamp(MARGIN, 1 - MARGIN)[:, None]
-        place[inner] = node[inner] + _inner_place(_corner_values(lattice, node[inner]).flatten(1) / grid.unit)
-        out[start : start + _CHUNK] = (place * grid.h - 1).cpu().numpy()
-    return out
+        place[inner] = node[inner] + inner_place(_corner_values(lattice, node[inner]).flatten(1) / grid.unit)
+        out.append(place * grid.h - 1)
+    return torch.cat(out)
 
 
-def _inner_place(corners: Tensor) -> Tensor:
-    """Where scikit-image puts the extra vertex of cells with these corner values (n, 8), within [0, 1]^3."""
-    weight = 1 / corners.double().abs().clamp(min=MARGIN)
-    return weight @ _CORNERS.to(weight) / weight.sum(1, keepdim=True)
-
-
-def _project(
-    grid: _Grid, vertices: NDArray[np.float64], faces: NDArray[np.int64], steps: int
-) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
+def _project(grid: _Grid, vertices: Tensor, faces: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """The vertices (v, 3) moved onto the level set by clamped Newton steps, and their unit normals (v, 3) float32."""
-    moved, gradient = np.empty_like(vertices), np.empty(vertices.shape, np.float32)
+    moved, gradient = torch.empty_like(vertices), torch.empty_like(vertices)
     size = 4 * grid.batch_size
     for start in range(0, len(vertices), size):
         part = slice(start, start + size)
-        place, g = _newton(grid, torch.from_numpy(vertices[part]).to(grid.device), steps)
-        moved[part], gradient[part] = place.cpu().numpy(), g.cpu().numpy()
+        moved[part], gradient[part] = _newton(grid, vertices[part], steps)
         grid.on_progress(0.5 + 0.5 * min(1.0, (start + size) / len(vertices)))
     _put_back_overturned(vertices, moved, faces)
-    length = np.linalg.norm(gradient, axis=1, keepdims=True)
-    usable = (np.isfinite(length) & (length > 1e-6 * grid.lipschitz))[:, 0]
-    normals = (gradient / np.where(usable[:, None], length, 1)).astype(np.float32)
+    length = gradient.norm(dim=1, keepdim=True)
+    usable = torch.isfinite(length) & (length > 1e-6 * grid.lipschitz)
+    normals = gradient / torch.where(usable, length, 1)
     if not usable.all():
-        normals[~usable] = vertex_normals(moved, faces)[~usable]
-    return moved, normals
+        by_faces = torch.from_numpy(vertex_normals(moved.cpu().numpy(), faces.cpu().numpy()))
+        normals = torch.where(usable, normals, by_faces.to(normals))
+    return moved, normals.float()
 
 
 def _newton(grid: _Grid, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
@@ -632,21 +613,23 @@ def _newton(grid: _Grid, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     return place, gradient
 
 
-def _put_back_overturned(
-    before: NDArray[np.float64], after: NDArray[np.float64], faces: NDArray[np.int64], rounds: int = 4
-) -> None:
+def _put_back_overturned(before: Tensor, after: Tensor, faces: Tensor, rounds: int = 4) -> None:
     """Puts back, in `after`, the vertices of triangles that the way from `before` turned over."""
     suspects = faces
     for _ in range(rounds):
-        overturned = []
-        for start in range(0, len(suspects), _CHUNK):
-            part = suspects[start : start + _CHUNK]
-            turn = (face_normals(before, part) * face_normals(after, part)).sum(1)
-            overturned.append(part[turn < 0])
-        corners = np.unique(np.concatenate(overturned))
+        turned = [
+            part[(_area_vectors(before, part) * _area_vectors(after, part)).sum(1) < 0] for part in _parts(suspects)
+        ]
+        corners = torch.cat(turned).flatten()
         if not len(corners):
             return
         after[corners] = before[corners]
-        touched = np.zeros(len(after), bool)
+        touched = torch.zeros(len(after), dtype=torch.bool, device=after.device)
         touched[corners] = True
-        suspects = faces[touched[faces].any(axis=1)]
+        suspects = faces[touched[faces].any(dim=1)]
+
+
+def _area_vectors(vertices: Tensor, faces: Tensor) -> Tensor:
+    a, b, c = vertices[faces].unbind(1)
+    vectors: Tensor = torch.linalg.cross(b - a, c - a)
+    return vectors
