@@ -61,7 +61,11 @@ class Frame:
 
 
 def validate(
-    cloud: PointCloud, *, require_normals: bool = True, max_disagreement: float = MAX_DISAGREEMENT
+    cloud: PointCloud,
+    *,
+    require_normals: bool = True,
+    max_disagreement: float = MAX_DISAGREEMENT,
+    device: str = "cpu",
 ) -> PointCloud:
     """The cloud, fit to be reconstructed, or CloudError with what is wrong with it, in one line.
 
@@ -71,6 +75,7 @@ def validate(
 
     require_normals: refuse a cloud without normals, or with normals that carry no orientation.
     max_disagreement: the share of neighbouring normals pointing to opposite sides from which on that is so.
+    device: where neighbours are looked for.
     """
     _check_points(cloud.points)
     normals = cloud.normals
@@ -84,7 +89,7 @@ def validate(
         raise CloudError(f"the cloud has only {count}; at least {MIN_POINTS} are needed")
     _check_extent(merged.points)
     if require_normals:
-        _check_orientation(merged, max_disagreement)
+        _check_orientation(merged, max_disagreement, device)
     return merged
 
 
@@ -132,14 +137,14 @@ def drop_strays(cloud: PointCloud) -> tuple[PointCloud, int]:
     return PointCloud(points=points[keep], normals=normals), int((~keep).sum())
 
 
-def orientation_disagreement(cloud: PointCloud) -> float:
+def orientation_disagreement(cloud: PointCloud, device: str = "cpu") -> float:
     """How far the normals are from pointing to one side of the surface: about 0 where they do, 0.5 where it is chance.
 
     See orientation.disagreement for what is measured. Raises CloudError where there are no normals.
     """
     if cloud.normals is None:
         raise CloudError(_NO_NORMALS)
-    return disagreement(cloud.points, cloud.normals)
+    return disagreement(cloud.points, cloud.normals, device)
 
 
 def distinct_rows(points: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -246,8 +251,8 @@ _SMALLEST_EXTENT = 1e-100
 _COLLINEAR = 1e-5
 
 
-def _check_orientation(cloud: PointCloud, max_disagreement: float) -> None:
-    share = orientation_disagreement(cloud)
+def _check_orientation(cloud: PointCloud, max_disagreement: float, device: str) -> None:
+    share = orientation_disagreement(cloud, device)
     if share > max_disagreement:
         raise CloudError(
             f"the normals carry no orientation: {share:.0%} of them contradict the others on which side is outside "

@@ -89,12 +89,12 @@ def drop_small_components(mesh: TriangleMesh, min_share: float) -> TriangleMesh:
 
 
 def drop_unsupported_components(
-    mesh: TriangleMesh, points: NDArray[np.float64], *, min_points: int = 8
+    mesh: TriangleMesh, points: NDArray[np.float64], *, min_points: int = 8, device: str = "cpu"
 ) -> TriangleMesh:
     """`mesh` without the connected components that fewer than `min_points` of `points` (n, 3) are nearest to.
 
     A sheet that the fit left in empty space, or a bubble beside the surface, has no measurement of its own. The
-    component with the most points stays in any case.
+    component with the most points stays in any case. The nearest vertices are looked for on `device`.
     """
     labels = face_components(mesh.faces, len(mesh.vertices))
     if labels.max(initial=0) == 0:
@@ -102,8 +102,10 @@ def drop_unsupported_components(
     component = np.zeros(len(mesh.vertices), np.int64)
     component[mesh.faces] = labels[:, None]
     step = -(-len(points) // SUPPORT_POINTS)
-    _, nearest = cKDTree(mesh.vertices).query(points[::step], workers=-1)
-    support = np.bincount(component[nearest], minlength=labels.max() + 1)
+    from sdfserver.neighbours import neighbours_of  # here: it needs torch, and what else is in this module does not
+
+    _, nearest = neighbours_of(mesh.vertices, device).query(points[::step], 1)
+    support = np.bincount(component[nearest[:, 0]], minlength=labels.max() + 1)
     keep = support >= min(-(-min_points // step), support.max())
     return mesh if keep.all() else keep_faces(mesh, keep[labels])
 

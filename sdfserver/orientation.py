@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
-from scipy.spatial import KDTree
 
 _JUDGED_POINTS = 20_000
 _JUDGED_NEIGHBOURS = 8
@@ -23,7 +22,7 @@ _RESOLVED = 0.08
 """The share of contradictions that may be left where a tree is believed."""
 
 
-def disagreement(points: NDArray[np.float64], normals: NDArray[np.float64]) -> float:
+def disagreement(points: NDArray[np.float64], normals: NDArray[np.float64], device: str = "cpu") -> float:
     """About 0 where all normals point to one side of the surface, 0.5 where the side is chance.
 
     The larger of two shares. First, of neighbours on the same piece of surface, those whose normals point to opposite
@@ -32,14 +31,14 @@ def disagreement(points: NDArray[np.float64], normals: NDArray[np.float64]) -> f
     positive largest component): a spanning tree of the most similar neighbours says which, and is believed only where
     it resolves nearly all contradictions and few are thin walls, because on noise and thin walls it errs.
 
-    Large clouds are judged by 20,000 of their points. Deterministic. 0 where no neighbours can be compared.
+    Large clouds are judged by 20,000 of their points, whose neighbours are looked for on `device`. Deterministic. 0 where no neighbours can be compared.
     """
     if len(points) > _JUDGED_POINTS:
         chosen = np.random.default_rng(0).choice(len(points), _JUDGED_POINTS, replace=False)
         points, normals = points[chosen], normals[chosen]
     if len(points) < 2:
         return 0.0
-    pairs = _neighbours(points, normals, _JUDGED_NEIGHBOURS)
+    pairs = _neighbours(points, normals, _JUDGED_NEIGHBOURS, device)
     signs = np.ones(len(points))
     share, walls = _opposite_share(pairs, signs)
     signs = _without_lone_flips(pairs, signs)
@@ -81,9 +80,13 @@ class _Pairs:
     behind_second: NDArray[np.float64]
 
 
-def _neighbours(points: NDArray[np.float64], normals: NDArray[np.float64], neighbours: int) -> _Pairs:
+def _neighbours(
+    points: NDArray[np.float64], normals: NDArray[np.float64], neighbours: int, device: str = "cpu"
+) -> _Pairs:
+    from sdfserver.neighbours import neighbours_of  # here: it needs torch, and whoever just reads a cloud does not
+
     points = points - (points.min(axis=0) + points.max(axis=0)) / 2
-    near = KDTree(points).query(points, k=min(neighbours + 1, len(points)))[1]
+    _, near = neighbours_of(points, device).query(points, min(neighbours + 1, len(points)))
     first = np.repeat(np.arange(len(points)), near.shape[1] - 1)
     second = near[:, 1:].reshape(-1)
     step = points[second] - points[first]

@@ -203,7 +203,7 @@ def fit_field(
     with clock.running("prepare"):
         given = len(cloud.points)
         cloud, strays = drop_strays(cloud)  # first: one far stray makes the rest look like a single place
-        cloud = validate(cloud)
+        cloud = validate(cloud, device=str(torch_device))
         sketch = cloud.points[sketch_rows(len(cloud.points), np.random.default_rng(seed))]
         frame = Frame.around(cloud.points, margin=spacing_of(sketch, torch_device))
         cloud_unit = PointCloud(points=frame.to_unit(cloud.points), normals=cloud.normals)
@@ -259,10 +259,10 @@ def mesh_field(
             )
         except NoSurfaceError as error:
             raise error.scaled(1 / field.frame.scale) from None
-        triangles = finish_mesh(to_world(surface, field.frame), cloud, config)
+        triangles = finish_mesh(to_world(surface, field.frame), cloud, config, device=str(field.device))
     with clock.running("measure"):
-        accuracy = asdict(cloud_to_mesh(cloud, triangles, max_points=MEASURED_POINTS))
-        health = asdict(mesh_health(triangles))
+        accuracy = asdict(cloud_to_mesh(cloud, triangles, max_points=MEASURED_POINTS, device=field.device))
+        health = asdict(mesh_health(triangles, device=field.device))
     report = {
         "config": {"mesh": asdict(config)},
         "seconds": {stage: clock.seconds[stage] for stage in MESH_STAGES},
@@ -332,10 +332,10 @@ def to_world(surface: ExtractedSurface, frame: Frame) -> TriangleMesh:
     return TriangleMesh(vertices=frame.to_world(surface.vertices_unit), faces=surface.faces, normals=surface.normals)
 
 
-def finish_mesh(mesh: TriangleMesh, cloud: PointCloud, config: MeshConfig) -> TriangleMesh:
+def finish_mesh(mesh: TriangleMesh, cloud: PointCloud, config: MeshConfig, *, device: str = "cpu") -> TriangleMesh:
     """What `config` asks for after the extraction: dropped parts, trimming, simplification."""
     if config.drop_unsupported:
-        mesh = drop_unsupported_components(mesh, cloud.points)
+        mesh = drop_unsupported_components(mesh, cloud.points, device=device)
     if config.trim_distance_world is not None:
         mesh = trim_to_points(mesh, cloud.points, config.trim_distance_world)
     mesh = drop_small_components(mesh, config.min_component_share)
