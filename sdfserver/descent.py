@@ -47,6 +47,15 @@ class Task:
     samples: Samples
     generator: torch.Generator
 
+    def saved(self) -> tuple[dict[str, Tensor], Tensor]:
+        """The network and the generator as they are, for `restore`."""
+        return {name: value.clone() for name, value in self.model.state_dict().items()}, self.generator.get_state()
+
+    def restore(self, saved: tuple[dict[str, Tensor], Tensor]) -> None:
+        """Back to what was `saved`."""
+        self.model.load_state_dict(saved[0])
+        self.generator.set_state(saved[1])
+
     def weights(self, config: FitConfig) -> LossWeights:
         """Of the terms, for this cloud's noise."""
         return config.weights_for(self.samples.noise.by_quadrics)

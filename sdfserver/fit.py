@@ -17,6 +17,7 @@ import torch
 from sdfserver.cloud import PointCloud
 from sdfserver.config import FitConfig, LocalConfig, NetworkConfig
 from sdfserver.descent import Descent, Task
+from sdfserver.device import in_halves
 from sdfserver.errors import DivergenceError, SdfServerError, Stopped
 from sdfserver.guard import HOPELESS_WRONG_SIGNS, Health, health_of
 from sdfserver.local import PartitionOfUnity
@@ -72,6 +73,7 @@ class FitReport:
 
 
 Fitted = tuple[Siren | PartitionOfUnity, FitReport]
+Failure = SdfServerError | MemoryError | torch.OutOfMemoryError
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -135,16 +137,16 @@ def fit_together(
     *,
     local: LocalConfig | None = None,
     device: torch.device,
-) -> list[Fitted | SdfServerError]:
+) -> list[Fitted | Failure]:
     """What `fit` gives or raises for each of several clouds, whose coarse fits go down together as one batch.
 
     Each network is the one that its job gives alone, but for rounding. On a device that one fit does not fill, several
-    take little longer than one.
+    take little longer than one; where they do not fit into its memory, they go down in halves.
     """
     _keep_thread_limit()
-    ended: dict[int, Fitted | SdfServerError] = {}
+    ended: dict[int, Fitted | Failure] = {}
     fits = {i: _fit_of(job, network, config, local, device) for i, job in enumerate(jobs)}
-    answers: dict[int, Any] = dict.fromkeys(fits)  # a generator is sent nothing at first
+    answers: Answers = dict.fromkeys(fits)
     while answers:
         legs: dict[int, _Leg] = {}
         for i, answer in answers.items():
@@ -152,12 +154,25 @@ def fit_together(
                 legs[i] = fits[i].throw(answer) if isinstance(answer, Exception) else fits[i].send(answer)
             except StopIteration as end:
                 ended[i] = end.value
-            except SdfServerError as error:
+            except (SdfServerError, MemoryError, torch.OutOfMemoryError) as error:
                 ended[i] = error
         answers = {}
         for config_of_leg in {leg.config: None for leg in legs.values()}:
             some = [i for i, leg in legs.items() if leg.config == config_of_leg]
-            answers |= dict(zip(some, _descend([legs[i] for i in some]), strict=True))
+            before = {i: legs[i].task.saved() for i in some}
+
+            def together(some: list[int], legs: dict[int, _Leg] = legs, before: dict[int, Any] = before) -> Answers:
+                for i in some:
+                    legs[i].task.restore(before[i])  # where it is tried once more, in halves
+                try:
+                    return dict(zip(some, _descend([legs[i] for i in some]), strict=True))
+                except torch.OutOfMemoryError as error:
+                    if len(some) > 1:
+                        raise
+                    return {some[0]: error}
+
+            for part in in_halves(together, some):
+                answers |= part
     return [ended[i] for i in range(len(jobs))]
 
 
@@ -177,6 +192,10 @@ class Descended:
 
     health: Health
     restarts: tuple[str, ...] = ()
+
+
+Answers = dict[int, Any]
+"""What the fits are sent: how their legs ended, or why they did not; nothing at first."""
 
 
 def _fit_of(

@@ -31,7 +31,8 @@ def disagreement(points: NDArray[np.float64], normals: NDArray[np.float64], devi
     positive largest component): a spanning tree of the most similar neighbours says which, and is believed only where
     it resolves nearly all contradictions and few are thin walls, because on noise and thin walls it errs.
 
-    Large clouds are judged by 20,000 of their points, whose neighbours are looked for on `device`. Deterministic. 0 where no neighbours can be compared.
+    Large clouds are judged by 20,000 of their points, whose neighbours are looked for on `device`. Deterministic. 0
+    where no neighbours can be compared.
     """
     if len(points) > _JUDGED_POINTS:
         chosen = np.random.default_rng(0).choice(len(points), _JUDGED_POINTS, replace=False)

@@ -4,8 +4,8 @@ import json
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -16,10 +16,10 @@ import torch
 import sdfserver
 from sdfserver.cloud import Frame, PointCloud, drop_strays, validate
 from sdfserver.config import PRESETS, FitConfig, LocalConfig, MeshConfig, NetworkConfig, preset_named
-from sdfserver.errors import DeviceError, NoSurfaceError
+from sdfserver.errors import DeviceError, NoSurfaceError, SdfServerError
 from sdfserver.extract import ExtractedSurface, extract
 from sdfserver.field import SignedDistanceField
-from sdfserver.fit import FitProgress, FitReport, fit
+from sdfserver.fit import Failure, FitJob, FitProgress, FitReport, fit_together
 from sdfserver.mesh import (
     TriangleMesh,
     drop_small_components,
@@ -195,45 +195,120 @@ def fit_field(
 
     `on_cloud` gets the cloud as it will be fitted, `on_field` the field every few dozen steps, while it forms.
     """
+    job = FieldJob(cloud=cloud, seed=seed, clock=clock, on_cloud=on_cloud, on_field=on_field, should_stop=should_stop)
+    (found,) = fit_fields([job], preset=preset, network=network, fit_config=fit_config, local=local, device=device)
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FieldJob:
+    """A cloud whose field is wanted, and who wants to know: as `fit_field`."""
+
+    cloud: PointCloud
+    seed: int = 0
+    clock: Clock | None = None
+    on_cloud: Callable[[PointCloud], None] | None = None
+    on_field: Callable[[FitProgress, SignedDistanceField], None] | None = None
+    should_stop: Callable[[], bool] | None = None
+
+
+def fit_fields(
+    jobs: Sequence[FieldJob],
+    *,
+    preset: str = "standard",
+    network: NetworkConfig | None = None,
+    fit_config: FitConfig | None = None,
+    local: LocalConfig | None = None,
+    device: str = "auto",
+) -> list[FittedField | Failure]:
+    """What `fit_field` gives or raises for each of several clouds, whose fits share the device.
+
+    The result of each is that of its job alone, but for rounding. A GPU that one fit does not fill takes little longer
+    for several.
+    """
     settings = preset_named(preset)
     if network is None and fit_config is None and local is None:
         local = settings.local
     network, fit_config = network or settings.network, fit_config or settings.fit
-    torch_device, clock = choose_device(device), clock or Clock(None, FIT_STAGES)
-    with clock.running("prepare"):
-        given = len(cloud.points)
-        cloud, strays = drop_strays(cloud)  # first: one far stray makes the rest look like a single place
-        cloud = validate(cloud, device=str(torch_device))
-        sketch = cloud.points[sketch_rows(len(cloud.points), np.random.default_rng(seed))]
-        frame = Frame.around(cloud.points, margin=spacing_of(sketch, torch_device))
-        cloud_unit = PointCloud(points=frame.to_unit(cloud.points), normals=cloud.normals)
-        if on_cloud is not None:
-            on_cloud(cloud)
-
-    def on_network(progress: FitProgress, network: Siren) -> None:
-        if on_field is not None:
-            on_field(progress, SignedDistanceField(network, frame))
-
-    with clock.running("fit"):
-        fitted, fit_report = fit(
-            cloud_unit,
-            network,
-            fit_config,
-            local=local,
-            device=torch_device,
-            seed=seed,
-            on_progress=clock.report_fit,
-            on_network=None if on_field is None else on_network,
-            should_stop=should_stop,
+    torch_device = choose_device(device)
+    found: dict[int, FittedField | Failure] = {}
+    ready: dict[int, _Prepared] = {}
+    for i, job in enumerate(jobs):
+        try:
+            ready[i] = _prepared(job, torch_device)
+        except (SdfServerError, MemoryError, torch.OutOfMemoryError) as error:
+            found[i] = error
+    with ExitStack() as running:
+        for prepared in ready.values():
+            running.enter_context(prepared.clock.running("fit"))
+        fits = fit_together(
+            [prepared.fit_job() for prepared in ready.values()], network, fit_config, local=local, device=torch_device
         )
-    report = start_report(
-        preset, seed=seed, device=torch_device, network=network, fit_config=fit_config, local=local
-    ) | {
-        "cloud": {"points": given, "used": len(cloud.points), "strays_dropped": strays, "scale_to_unit": frame.scale},
-        "seconds": {**clock.seconds, "pool": fit_report.seconds_pool},
-        "fit": fit_section(fit_report, frame),
-    }
-    return FittedField(field=SignedDistanceField(fitted, frame), cloud=cloud, report=report)
+    for (i, prepared), fitted in zip(ready.items(), fits, strict=True):
+        if isinstance(fitted, Exception):
+            found[i] = fitted
+            continue
+        field, fit_report = SignedDistanceField(fitted[0], prepared.frame), fitted[1]
+        report = start_report(
+            preset,
+            seed=prepared.job.seed,
+            device=torch_device,
+            network=network,
+            fit_config=fit_config,
+            local=local,
+        ) | {
+            "cloud": {
+                "points": len(prepared.job.cloud.points),
+                "used": len(prepared.cloud.points),
+                "strays_dropped": prepared.strays,
+                "scale_to_unit": prepared.frame.scale,
+            },
+            "seconds": {**prepared.clock.seconds, "pool": fit_report.seconds_pool},
+            "fit": fit_section(fit_report, prepared.frame),
+        }
+        found[i] = FittedField(field=field, cloud=prepared.cloud, report=report)
+    return [found[i] for i in range(len(jobs))]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Prepared:
+    """A job whose cloud is ready to be fitted."""
+
+    job: FieldJob
+    clock: Clock
+    cloud: PointCloud
+    strays: int
+    frame: Frame
+
+    def fit_job(self) -> FitJob:
+        """What is asked of the fit."""
+        on_field = self.job.on_field
+
+        def on_network(progress: FitProgress, network: Siren) -> None:
+            if on_field is not None:
+                on_field(progress, SignedDistanceField(network, self.frame))
+
+        return FitJob(
+            cloud_unit=PointCloud(points=self.frame.to_unit(self.cloud.points), normals=self.cloud.normals),
+            seed=self.job.seed,
+            on_progress=self.clock.report_fit,
+            on_network=None if on_field is None else on_network,
+            should_stop=self.job.should_stop,
+        )
+
+
+def _prepared(job: FieldJob, device: torch.device) -> _Prepared:
+    clock = job.clock or Clock(None, FIT_STAGES)
+    with clock.running("prepare"):
+        cloud, strays = drop_strays(job.cloud)  # first: one far stray makes the rest look like a single place
+        cloud = validate(cloud, device=str(device))
+        sketch = cloud.points[sketch_rows(len(cloud.points), np.random.default_rng(job.seed))]
+        frame = Frame.around(cloud.points, margin=spacing_of(sketch, device))
+        if job.on_cloud is not None:
+            job.on_cloud(cloud)
+    return _Prepared(job=job, clock=clock, cloud=cloud, strays=strays, frame=frame)
 
 
 def mesh_field(

@@ -168,6 +168,53 @@ def test_a_job_that_is_stopped_or_fails_takes_none_of_the_others_with_it(
     assert isinstance(fits[2], DivergenceError)
 
 
+def test_fits_that_the_memory_does_not_hold_together_go_down_in_halves(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clouds = [sphere(300), torus(300), bowl(300), sphere(500), torus(500)]
+    jobs = [FitJob(cloud_unit=unit(cloud), seed=i) for i, cloud in enumerate(clouds)]
+    expected = fit_together(jobs, NETWORK, CONFIG, device=CPU)
+    sizes = []
+    take = Descent.take
+
+    def crowded(self: Descent) -> None:
+        if self.step == 30:
+            sizes.append(len(self.tasks))
+            if len(self.tasks) > 2:
+                raise torch.OutOfMemoryError("no room for 5")
+        take(self)
+
+    monkeypatch.setattr(Descent, "take", crowded)
+    found = fit_together(jobs, NETWORK, CONFIG, device=CPU)
+    assert sizes == [5, 2, 3, 1, 2]
+    assert "5 at a time are more than the device's memory holds; 2 are tried" in caplog.text
+    for now, then in zip(found, expected, strict=True):
+        assert not isinstance(now, Exception)
+        assert not isinstance(then, Exception)
+        # From the same beginning, with the same batches: nothing of the first attempt is left.
+        assert now[1].losses == pytest.approx(then[1].losses, rel=0.05)
+        assert now[1].health.surface == pytest.approx(then[1].health.surface, rel=0.05)
+
+
+def test_a_single_fit_that_the_memory_does_not_hold_fails_and_the_others_do_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    take = Descent.take
+
+    def crowded(self: Descent) -> None:
+        if any(len(task.samples.points) > 400 for task in self.tasks):
+            raise torch.OutOfMemoryError("no room")
+        take(self)
+
+    monkeypatch.setattr(Descent, "take", crowded)
+    jobs = [FitJob(cloud_unit=unit(sphere(n))) for n in (300, 600, 350)]
+    found = fit_together(jobs, NETWORK, CONFIG, device=CPU)
+    # All that could not be parted from it fail with it, and no more.
+    assert isinstance(found[0], tuple)
+    assert isinstance(found[1], torch.OutOfMemoryError)
+    assert isinstance(found[2], tuple)
+
+
 def test_what_is_held_out_of_clouds_of_different_sizes_is_looked_at_as_for_each_alone() -> None:
     several = [task(sphere(200)).samples, task(torus(3000)).samples]
     together = HeldOut(several)

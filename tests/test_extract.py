@@ -286,6 +286,29 @@ def test_same_field_gives_the_same_mesh_twice() -> None:
     assert np.array_equal(one.normals, two.normals)
 
 
+def test_a_device_that_is_full_is_asked_at_fewer_points(caplog: pytest.LogCaptureFixture) -> None:
+    whole = surface_of(torus)
+    sizes = []
+
+    def crowded(x: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(x))
+        if len(x) > 2000:
+            raise torch.OutOfMemoryError("no room")
+        return torus(x)
+
+    surface = surface_of(crowded)
+    assert np.array_equal(surface.vertices_unit, whole.vertices_unit)
+    assert np.array_equal(surface.faces, whole.faces)
+    assert max(sizes[10:]) <= 2000  # it is not tried again and again
+    assert "memory is full" in caplog.text
+
+    def full(x: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("no room at all")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        surface_of(full)
+
+
 def test_batch_size_does_not_change_the_mesh() -> None:
     seen: list[int] = []
 

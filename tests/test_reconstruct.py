@@ -15,10 +15,13 @@ from sdfserver.reconstruct import (
     MESH_STAGES,
     STAGES,
     Clock,
+    FieldJob,
+    FittedField,
     Progress,
     Reconstruction,
     choose_device,
     fit_field,
+    fit_fields,
     join_reports,
     mesh_field,
     reconstruct,
@@ -155,3 +158,20 @@ def test_a_room_is_a_hollow_in_what_is_around_it() -> None:
     assert job.report["input_to_mesh"]["normal_agreement"] > 0.99
     assert (job.field.evaluate(np.array([[0.0, 0, 0], [0, 1.8, 0]])) > 0).all()
     assert (job.field.evaluate(np.array([[2.2, 0, 0], [2.1, 2.1, 2.1]])) < 0).all()
+
+
+def test_fields_of_several_clouds_are_those_of_each_alone_and_one_failure_is_one() -> None:
+    clouds = [torus(1500), PointCloud(points=np.zeros((100, 3)), normals=np.ones((100, 3))), sphere(700)]
+    seen: list[list[Progress]] = [[], [], []]
+    jobs = [FieldJob(cloud=cloud, seed=i, clock=Clock(seen[i].append, FIT_STAGES)) for i, cloud in enumerate(clouds)]
+    found = fit_fields(jobs, network=SMALL, fit_config=QUICK, device="cpu")
+    assert isinstance(found[1], CloudError)
+    for i in (0, 2):
+        fitted = found[i]
+        assert isinstance(fitted, FittedField)
+        alone = fit_field(clouds[i], network=SMALL, fit_config=QUICK, device="cpu", seed=i)
+        assert fitted.report["cloud"] == alone.report["cloud"]
+        assert fitted.report["seed"] == i
+        assert fitted.report["fit"]["held_out"] == pytest.approx(alone.report["fit"]["held_out"], rel=0.1, abs=1e-3)
+        assert [progress.step for progress in seen[i] if progress.step] == [*range(25, 251, 25)]
+        assert np.allclose(fitted.field.evaluate(clouds[i].points), alone.field.evaluate(clouds[i].points), atol=5e-3)
