@@ -1,7 +1,7 @@
 """The process in which a job is computed: spawned by a worker, and the only one that imports torch or reads a cloud.
 
-It talks with its parent over a pipe. In: a task, or STOP. Out: progress, and for each task one Outcome. It ends with
-its parent: nobody would hear it.
+It talks with its parent over a pipe. In: Work, one task or several fits that go together, or Stop for one of them. Out:
+what Told says of each task: progress, and in the end one Outcome. It ends with its parent: nobody would hear it.
 """
 
 import contextlib
@@ -12,8 +12,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -39,11 +40,10 @@ if TYPE_CHECKING:
     from sdfserver.cloud import PointCloud
     from sdfserver.field import SignedDistanceField
     from sdfserver.fit import FitProgress
-    from sdfserver.reconstruct import Progress
+    from sdfserver.reconstruct import FieldJob, FittedField, Progress
 
 log = logging.getLogger(__name__)
 
-STOP = "stop"
 READY = "ready"
 PROGRESS_SECONDS = 0.1
 PREVIEW_SHARES = (0.1, 0.25, 0.5, 0.8)
@@ -75,6 +75,31 @@ class MeshTask:
     device: str
     max_resolution: int
     """An automatic resolution stays within it; any other has been looked at before."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Tasks to be done at once: a single one, or fits of one preset on one device. `number` tells it from the next."""
+
+    number: int
+    tasks: "tuple[FitTask | MeshTask, ...]"
+
+
+@dataclass(frozen=True)
+class Stop:
+    """An end to task `index` of a piece of work; one that comes too late does nothing."""
+
+    number: int
+    index: int
+
+
+@dataclass(frozen=True)
+class Told:
+    """What there is to say of task `index` of a piece of work."""
+
+    number: int
+    index: int
+    what: "Progress | Previewed | Outcome"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,63 +153,99 @@ def main(connection: Connection, threads: int) -> None:
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionError):
         connection.send(READY)
         while True:
-            task = connection.recv()
-            if isinstance(task, (FitTask, MeshTask)):  # a STOP that came too late is for a task that has ended
-                connection.send(_run(task, _Reporter(connection)))
+            work = connection.recv()
+            if isinstance(work, Work):  # a Stop that came too late is for work that has ended
+                _do(work, connection)
+
+
+class _Inbox:
+    """Hears which tasks of a piece of work are to be stopped."""
+
+    def __init__(self, number: int, connection: Connection) -> None:
+        self._number, self._connection = number, connection
+        self._stopped: set[int] = set()
+
+    def stopped(self, index: int) -> bool:
+        while self._connection.poll():
+            message = self._connection.recv()
+            if isinstance(message, Stop) and message.number == self._number:
+                self._stopped.add(message.index)
+        return index in self._stopped
 
 
 class _Reporter:
-    """Sends progress, at a bearable rate, and hears when to stop."""
+    """Sends the progress of one task, at a bearable rate, and says when to stop."""
 
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-        self._stop = False
+    def __init__(self, work: Work, index: int, connection: Connection, inbox: _Inbox) -> None:
+        self._number, self._index, self._connection, self._inbox = work.number, index, connection, inbox
         self._sent_at = 0.0
         self._stage = ""
+
+    def tell(self, what: "Progress | Previewed | Outcome") -> None:
+        self._connection.send(Told(self._number, self._index, what))
 
     def show(self, progress: "Progress") -> None:
         now = time.monotonic()
         if progress.stage != self._stage or now - self._sent_at >= PROGRESS_SECONDS:
-            self._connection.send(progress)
+            self.tell(progress)
             self._sent_at, self._stage = now, progress.stage
 
     def previewed(self, number: int) -> None:
-        self._connection.send(Previewed(number=number))
+        self.tell(Previewed(number=number))
 
     def should_stop(self) -> bool:
-        while not self._stop and self._connection.poll():
-            self._stop = self._connection.recv() == STOP
-        return self._stop
+        return self._inbox.stopped(self._index)
 
 
-def _run(task: FitTask | MeshTask, reporter: _Reporter) -> Outcome:
+def _do(work: Work, connection: Connection) -> None:
+    """Do the work, and send the outcome of each of its tasks as soon as it is known."""
     from sdfserver.device import free_device_memory
 
+    inbox = _Inbox(work.number, connection)
+    reporters = [_Reporter(work, i, connection, inbox) for i in range(len(work.tasks))]
     start = time.monotonic()
+
+    def done() -> Outcome:
+        # Its share of what all took: by these seconds it is told how long others will have to wait.
+        return Outcome(how="done", seconds=(time.monotonic() - start) / len(work.tasks))
+
+    fits = [(task, reporter) for task, reporter in zip(work.tasks, reporters, strict=True) if isinstance(task, FitTask)]
     try:
-        if isinstance(task, FitTask):
-            _fit(task, reporter)
-        else:
-            _mesh(task, reporter)
-        sync(task.folder)
-    except Stopped:
-        return Outcome(how="stopped")
-    except SdfServerError as error:
-        kind = next((kind for kinds, kind in _PROBLEMS.items() if isinstance(error, kinds)), "internal")
-        return Outcome(how="failed", problem=kind, detail=_in_our_words(str(error), task))
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return Outcome(how="failed", problem="disk-full", detail="the disk filled up while the job ran")
-        log.exception("a job failed")
-        return _INTERNAL
-    except Exception as error:  # a job's fault must not end the process, and is told in the log
-        if _out_of_memory(error):
-            return Outcome(how="failed", problem="memory", detail="the job needed more memory than there is")
-        log.exception("a job failed")
-        return _INTERNAL
+        if fits:
+            _fit(fits, done)
+        for task, reporter in zip(work.tasks, reporters, strict=True):
+            if isinstance(task, MeshTask):
+                reporter.tell(_outcome(task, partial(_mesh, task, reporter)) or done())
     finally:
         free_device_memory()
-    return Outcome(how="done", seconds=time.monotonic() - start)
+
+
+def _outcome(task: FitTask | MeshTask, step: Callable[[], None]) -> Outcome | None:
+    """How a task has ended by a `step` that raised; None if the step did not."""
+    try:
+        step()
+    except Exception as error:  # noqa: BLE001 - a job's fault must not end the process
+        return _failed(task, error)
+    return None
+
+
+def _failed(task: FitTask | MeshTask, error: Exception) -> Outcome:
+    if isinstance(error, Stopped):
+        return Outcome(how="stopped")
+    if isinstance(error, SdfServerError):
+        kind = next((kind for kinds, kind in _PROBLEMS.items() if isinstance(error, kinds)), "internal")
+        return Outcome(how="failed", problem=kind, detail=_in_our_words(str(error), task))
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return Outcome(how="failed", problem="disk-full", detail="the disk filled up while the job ran")
+    if _out_of_memory(error):
+        log.warning("a job needed more memory than there is: %s", str(error).splitlines()[0] if str(error) else "")
+        return Outcome(how="failed", problem="memory", detail="the job needed more memory than there is")
+    if lost := _lost_device(error):
+        # Nothing more can be computed in this process: the job is tried again in a new one.
+        log.error("the device is lost, and this process ends: %s", lost)
+        os._exit(1)
+    log.error("a job failed", exc_info=error)
+    return _INTERNAL
 
 
 _INTERNAL = Outcome(how="failed", problem="internal", detail="the job failed for a reason on the server's side")
@@ -197,12 +258,45 @@ _PROBLEMS: dict[tuple[type[SdfServerError], ...], str] = {
 }
 
 
-def _fit(task: FitTask, reporter: _Reporter) -> None:
+def _fit(fits: "Sequence[tuple[FitTask, _Reporter]]", done: Callable[[], Outcome]) -> None:
+    """Fit fields to the clouds of tasks of one preset, on one device; tells of each how it ended."""
+    from sdfserver.reconstruct import fit_fields
+
+    opened: list[_Opened] = []
+    for task, reporter in fits:
+        outcome = _outcome(task, lambda task=task, reporter=reporter: opened.append(_open(task, reporter)))  # type: ignore[misc]
+        if outcome is not None:
+            reporter.tell(outcome)
+    if not opened:
+        return
+    options = opened[0].task.options
+    device = opened[0].task.device if options.device == "auto" else options.device
+    found: Sequence[FittedField | Exception]
+    try:
+        found = fit_fields([one.job for one in opened], preset=options.preset, device=device)
+    except Exception as error:  # noqa: BLE001 - it is that of all of them
+        found = [error for _ in opened]
+    for one, fitted in zip(opened, found, strict=True):
+        one.reporter.tell(_outcome(one.task, partial(_leave, one, fitted)) or done())
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Opened:
+    """A task whose cloud has been read; strays and outliers that were removed from it by then."""
+
+    task: FitTask
+    reporter: _Reporter
+    job: "FieldJob"
+    strays: int
+    outliers: int
+
+
+def _open(task: FitTask, reporter: _Reporter) -> _Opened:
     import numpy as np
 
     from sdfserver.io import read_cloud
     from sdfserver.normals import prepare
-    from sdfserver.reconstruct import FIT_STAGES, Clock, Progress, fit_field, report_json
+    from sdfserver.reconstruct import FIT_STAGES, Clock, FieldJob, Progress
 
     reporter.show(Progress(stage="prepare", fraction=0.0))
     options = task.options
@@ -216,21 +310,29 @@ def _fit(task: FitTask, reporter: _Reporter) -> None:
         viewpoint=None if options.viewpoint is None else np.array(options.viewpoint),
     )
     forming = Forming(task.folder, reporter.previewed)
-    fitted = fit_field(
-        cloud,
-        preset=options.preset,
-        device=task.device if options.device == "auto" else options.device,
+    job = FieldJob(
+        cloud=cloud,
         seed=options.seed,
         clock=Clock(reporter.show, FIT_STAGES),
         on_cloud=forming.begin,
         on_field=forming.show,
         should_stop=reporter.should_stop,
     )
-    about = fitted.report["cloud"]
-    about["outliers_removed"], about["strays_dropped"] = outliers, about["strays_dropped"] + strays
-    fitted.field.save(task.folder / FIELD)
-    _save_cloud(fitted.cloud, task.folder / CLOUD)
-    (task.folder / FIT_REPORT).write_bytes(report_json(fitted.report))
+    return _Opened(task=task, reporter=reporter, job=job, strays=strays, outliers=outliers)
+
+
+def _leave(one: _Opened, fitted: "FittedField | Exception") -> None:
+    """Leave what was fitted in the task's folder; raises what was not."""
+    from sdfserver.reconstruct import report_json
+
+    if isinstance(fitted, Exception):
+        raise fitted
+    about, folder = fitted.report["cloud"], one.task.folder
+    about["outliers_removed"], about["strays_dropped"] = one.outliers, about["strays_dropped"] + one.strays
+    fitted.field.save(folder / FIELD)
+    _save_cloud(fitted.cloud, folder / CLOUD)
+    (folder / FIT_REPORT).write_bytes(report_json(fitted.report))
+    sync(folder)
 
 
 class Forming:
@@ -284,6 +386,7 @@ def _mesh(task: MeshTask, reporter: _Reporter) -> None:
     write_picture(meshed.mesh, task.folder / PICTURE)
     fit_report = json.loads((task.field_folder / FIT_REPORT).read_bytes())
     (task.folder / REPORT).write_bytes(report_json(join_reports(fit_report, meshed.report)))
+    sync(task.folder)
 
 
 def _save_cloud(cloud: "PointCloud", path: Path) -> None:
@@ -306,6 +409,17 @@ def _out_of_memory(error: Exception) -> bool:
     import torch
 
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(error)
+
+
+def _lost_device(error: Exception) -> str:
+    """What CUDA says where the device, or this process's hold on it, is gone for good; else nothing.
+
+    After such an error every later call fails as well: a launch that failed, a reset, a fallen-off bus.
+    """
+    import torch
+
+    fatal = isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)
+    return str(error).splitlines()[0] if fatal and not _out_of_memory(error) else ""
 
 
 def _end_with_parent() -> None:

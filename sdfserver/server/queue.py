@@ -80,9 +80,16 @@ class JobQueue:
 
 
 def take_jobs(
-    store: Store, worker: str, *, fit: Callable[[str], int | None], mesh: Callable[[str, int], None]
+    store: Store,
+    worker: str,
+    *,
+    at_once: int,
+    fit: Callable[[str], int | None],
+    mesh: Callable[[str, int], None],
 ) -> Callable[[float], None]:
-    """Begin to take jobs as `worker`, one at a time; returns what ends that, and gives the job under way some seconds.
+    """Begin to take jobs as `worker`; returns what ends that, and gives the jobs under way some seconds.
+
+    It has `at_once` jobs at a time, each in a thread of its own.
 
     `fit` and `mesh` are the durable steps. Whatever `fit` returns is kept, and not computed again if `mesh` is cut
     off; None ends the job.
@@ -117,7 +124,7 @@ def take_jobs(
 
     DBOS.listen_queues([QUEUE])
     DBOS.launch()
-    DBOS.register_queue(QUEUE, worker_concurrency=1, polling_interval_sec=POLL_SECONDS)
+    DBOS.register_queue(QUEUE, worker_concurrency=at_once, polling_interval_sec=POLL_SECONDS)
 
     def stop(seconds: float) -> None:
         DBOS.destroy(workflow_completion_timeout_sec=math.ceil(seconds))

@@ -27,6 +27,9 @@ class Settings(BaseSettings):
     ] = None
     device: Annotated[str, Field(description="device of a worker: auto, cpu, cuda or cuda:N")] = "auto"
     workers: Annotated[int, Field(ge=0, le=64, description="worker processes that serve starts")] = 1
+    batch: Annotated[
+        int, Field(ge=1, le=64, description="small fits that a worker takes at once, and fits together: for GPUs")
+    ] = 1
     allow_public_without_keys: Annotated[
         bool, Field(description="listen on a public address although anyone may then use the server")
     ] = False

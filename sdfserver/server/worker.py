@@ -1,4 +1,6 @@
-"""A worker: takes jobs one at a time, has each computed in a child process, and publishes what comes out.
+"""A worker: takes jobs, has each computed in a child process, and publishes what comes out.
+
+Jobs take turns at the child; where the settings have a `batch`, small fits that wait for theirs go together.
 
 The parent stays light. It beats, so that others know it is alive; it enforces the limits; when a job is cancelled it
 asks the child to stop, then terminates it, then kills it. A child that dies costs the job one attempt and the worker
@@ -30,7 +32,7 @@ from sdfserver.server.artifacts import Artifacts
 from sdfserver.server.liveness import Sight, Watch, identity, sight
 from sdfserver.server.problems import problem
 from sdfserver.server.queue import JobQueue, take_jobs
-from sdfserver.server.settings import Settings
+from sdfserver.server.settings import MIB, Settings
 from sdfserver.server.store import Attempt, Row, Store
 
 if TYPE_CHECKING:
@@ -48,6 +50,10 @@ ASK_SECONDS, TERMINATE_SECONDS = 0.4, 0.2
 STARTING_SECONDS = 120.0
 """A job's time begins when its process is there to compute, if that takes no longer than this."""
 RECOVER_SECONDS = 0.25
+GATHER_SECONDS = 0.1
+"""How long a fit waits for others to go with it, where it may."""
+SMALL_BYTES = 16 * MIB
+"""Largest cloud file of a fit that goes together with others."""
 FIT_SHARE = 0.8
 """Of a reconstruction's progress: the rest is meshing."""
 MESH_PER_FIT = 0.2
@@ -75,6 +81,51 @@ class _Child:
     process: Any
     connection: Connection
     ready: bool = False
+    works: int = 0
+    """How many pieces of work it has been given."""
+
+
+@dataclass
+class _Held:
+    """An attempt of ours, and the seconds that were computed on it."""
+
+    attempt: Attempt
+    spent: float = 0.0
+
+
+_NOTHING = child.Outcome(how="stopped")
+
+
+@dataclass(eq=False)
+class _Turn:
+    """A task that waits for the child, or had its turn: then it says how that ended."""
+
+    row: Row
+    held: _Held
+    task: child.FitTask | child.MeshTask
+    alone: bool
+    end: End | None = None
+    outcome: child.Outcome = _NOTHING
+    error: BaseException | None = None
+
+    @property
+    def limit(self) -> float:
+        """Seconds that its user gave it."""
+        return float(self.row.options.get("max_seconds") or float("inf"))
+
+    def goes_with(self, other: "_Turn") -> bool:
+        """Whether the two can be one piece of work: small fits of one preset, on one device."""
+        return self._kind is not None and self._kind == other._kind
+
+    @property
+    def _kind(self) -> tuple[str, str] | None:
+        if self.alone or not isinstance(self.task, child.FitTask):
+            return None
+        try:
+            small = self.task.cloud.stat().st_size <= SMALL_BYTES
+        except OSError:
+            return None
+        return (self.task.options.preset, self.task.options.device) if small else None
 
 
 class Worker:
@@ -87,11 +138,13 @@ class Worker:
         self._threads = threads or max(1, _processors() // max(1, settings.workers))
         self._id = f"{socket.gethostname()[:40]}-{secrets.token_hex(6)}"
         self._child: _Child | None = None
-        self._attempt: Attempt | None = None
-        self._attempt_since = 0.0
+        self._held: dict[str, _Held] = {}
+        self._waiting: list[_Turn] = []
+        self._turns = threading.Lock()
         self._draining = threading.Event()
         self._leaving = threading.Event()
         self._beginning = threading.Lock()
+        self._busy: set[str] = set()
         self._idle = threading.Event()
         self._idle.set()
 
@@ -113,7 +166,7 @@ class Worker:
         self._recover(queue, watch)
         for target in (self._beat, lambda: self._keep_recovering(queue, watch), lambda: self._sweep(queue)):
             threading.Thread(target=target, daemon=True).start()
-        stop_taking = take_jobs(self._store, self._id, fit=self._fit, mesh=self._mesh)
+        stop_taking = take_jobs(self._store, self._id, at_once=self._settings.batch, fit=self._fit, mesh=self._mesh)
         log.info("worker %s takes jobs", self._id)
         while not self._draining.wait(1.0):
             pass
@@ -126,9 +179,10 @@ class Worker:
         self._idle.wait(seconds)
         with self._beginning:  # after this no attempt begins
             self._leaving.set()
-            attempt = self._attempt
-        if attempt is not None and self._store.release(attempt):
-            log.info("job %s goes back into the queue", attempt.job_id)
+            held = list(self._held.values())
+        for one in held:
+            if self._store.release(one.attempt):
+                log.info("job %s goes back into the queue", one.attempt.job_id)
         self._kill()
         self._store.retire(self._id)
 
@@ -136,19 +190,31 @@ class Worker:
 
     def _fit(self, job_id: str) -> int | None:
         """Fit the job's cloud; the number of the attempt whose folder has the field, 0 where it came with the job."""
-        self._idle.clear()
+        self._begun(job_id)
         fitted = self._steadily(job_id, self._fitted)
         if fitted is None:
-            self._idle.set()
+            self._ended(job_id)
         return fitted
 
     def _mesh(self, job_id: str, fitted: int) -> None:
         """Mesh the field that the attempt `fitted` left, and publish."""
-        self._idle.clear()
+        self._begun(job_id)
         try:
             self._steadily(job_id, lambda row: self._meshed(row, fitted))
         finally:
-            self._idle.set()
+            self._ended(job_id)
+
+    def _begun(self, job_id: str) -> None:
+        with self._beginning:
+            self._busy.add(job_id)
+            self._idle.clear()
+
+    def _ended(self, job_id: str) -> None:
+        with self._beginning:
+            self._busy.discard(job_id)
+            self._held.pop(job_id, None)
+            if not self._busy:
+                self._idle.set()
 
     def _steadily(self, job_id: str, step: Callable[[Row], T | None]) -> T | None:
         """What `step` makes of the job, whatever happens to the database or goes wrong in this process.
@@ -161,23 +227,22 @@ class Worker:
                 return None if row is None else step(row)
             except DBAPIError:
                 log.exception("the database does not answer; job %s begins again when it does", job_id)
-                self._kill()
-                self._give_back()
+                self._give_back(job_id)
             except Exception:
                 log.exception("job %s failed in the worker", job_id)
-                self._kill()
-                if self._attempt is not None:
-                    self._fail(self._attempt, problem("internal", "the job failed for a reason on the server's side"))
+                if job_id in self._held:
+                    why = problem("internal", "the job failed for a reason on the server's side")
+                    self._fail(self._held[job_id].attempt, why)
                 return None
 
-    def _give_back(self) -> None:
+    def _give_back(self, job_id: str) -> None:
         """Put the job back as soon as the database answers: what happened is no fault of the job's."""
         while True:
             time.sleep(self._settings.beat_seconds)
             try:
-                if self._attempt is not None:
-                    self._store.release(self._attempt)
-                self._attempt = None
+                if job_id in self._held:
+                    self._store.release(self._held[job_id].attempt)
+                    del self._held[job_id]
                 return
             except DBAPIError:
                 continue
@@ -237,92 +302,149 @@ class Worker:
         done: Callable[[Attempt, child.Outcome], bool],
     ) -> Attempt | None:
         """Attempts at a step until one is done; None when there will be none."""
+        alone = bool(row.deaths)
         while True:
-            attempt = self._begin(row.id)
-            if attempt is None:
+            held = self._begin(row.id)
+            if held is None:
                 return None
-            asked = task(attempt)
+            asked = task(held.attempt)
             asked.folder.mkdir(parents=True, exist_ok=True)
-            end, outcome = self._compute(row, attempt, asked)
-            if end is End.DONE and done(attempt, outcome):
-                return attempt
-            if end is End.FAILED:
-                self._fail(attempt, problem(outcome.problem, outcome.detail))
+            turn = self._take_turn(_Turn(row=row, held=held, task=asked, alone=alone))
+            if turn.end is End.DONE and done(held.attempt, turn.outcome):
+                return held.attempt
+            if turn.end is End.FAILED:
+                self._fail(held.attempt, problem(turn.outcome.problem, turn.outcome.detail))
             self._stay_if_leaving()
             shutil.rmtree(asked.folder, ignore_errors=True)
-            self._attempt = None
-            if end is not End.DIED:
+            with self._beginning:
+                self._held.pop(row.id, None)
+            if turn.end is not End.DIED:
                 return None
+            alone = True  # it may have been this one's fault
 
-    def _begin(self, job_id: str) -> Attempt | None:
+    def _begin(self, job_id: str) -> _Held | None:
         """The attempt that the step before has begun, or a new one."""
         with self._beginning:
             self._stay_if_leaving()
-            if self._attempt is None or self._attempt.job_id != job_id or not self._store.holds(self._attempt):
-                self._attempt = self._store.begin_attempt(
+            held = self._held.get(job_id)
+            if held is None or not self._store.holds(held.attempt):
+                attempt = self._store.begin_attempt(
                     job_id,
                     self._id,
                     self._settings.max_attempts,
                     _DIED,
                     self._settings.retention_seconds,
                 )
-                self._attempt_since = time.monotonic()
-            return self._attempt
+                if attempt is None:
+                    self._held.pop(job_id, None)
+                    return None
+                held = self._held[job_id] = _Held(attempt)
+            return held
 
     def _stay_if_leaving(self) -> None:
         """Never return once the job is back in the queue: the queue would take the step for finished."""
         if self._leaving.is_set():
             threading.Event().wait()  # the process ends in a moment
 
-    def _compute(self, row: Row, attempt: Attempt, task: child.FitTask | child.MeshTask) -> tuple[End, child.Outcome]:
-        """Have the child do a task, and watch over it."""
-        nothing = child.Outcome(how="stopped")
+    def _take_turn(self, turn: _Turn) -> _Turn:
+        """Wait for the child to be free, and have it do the task, if nobody else's turn has taken it along."""
+        self._waiting.append(turn)
+        if self._settings.batch > 1 and turn.goes_with(turn):
+            time.sleep(GATHER_SECONDS)
+        with self._turns:
+            self._stay_if_leaving()
+            if turn.end is None and turn.error is None:
+                company = [other for other in self._waiting if other is not turn and turn.goes_with(other)]
+                some = [turn, *company[: self._settings.batch - 1]]
+                for one in some:
+                    self._waiting.remove(one)
+                try:
+                    self._compute(some)
+                except BaseException as error:  # noqa: BLE001 - raised below, in each job's thread
+                    self._kill()  # it may be in the middle of the work
+                    for one in some:
+                        one.error = error if one.end is None else None
+        if turn.error is not None:
+            raise turn.error
+        return turn
+
+    def _compute(self, turns: list[_Turn]) -> None:
+        """Have the child do some tasks, and watch over them: each turn then says how it ended."""
         running = self._child = self._living_child()
-        standing = _Standing(row, task, self._store.typical_seconds())
-        limit = min(row.options.get("max_seconds") or float("inf"), self._settings.max_job_seconds)
-        stored_at = looked_at = 0.0
-        latest: Progress | None = None
+        running.works += 1
+        work = child.Work(running.works, tuple(turn.task for turn in turns))
+        watched = {i: _Watched(turn, self._store.typical_seconds()) for i, turn in enumerate(turns)}
+        started = time.monotonic()
+        looked_at = 0.0
         try:
             if running.ready:
-                running.connection.send(task)
-            while True:
+                running.connection.send(work)
+            while watched:
                 if running.connection.poll(LOOK_SECONDS):
                     message = running.connection.recv()
                     if message == child.READY:
                         running.ready = True
-                        self._attempt_since = time.monotonic()  # it had to wait for the process, not to compute
-                        running.connection.send(task)
-                    elif isinstance(message, child.Outcome):
-                        return (End.DONE if message.how == "done" else End.FAILED), message
-                    elif isinstance(message, child.Previewed):
-                        standing.preview = message.number
-                    else:
-                        latest = message
-                        standing.see(latest)
+                        started = time.monotonic()  # they had to wait for the process, not to compute
+                        running.connection.send(work)
+                    elif message.number == work.number and message.index in watched:
+                        self._hear(watched, message)
                 now = time.monotonic()
-                if now - looked_at < LOOK_SECONDS:
-                    continue
-                looked_at = now
-                if not self._store.holds(attempt):
-                    self._stop_child(running)
-                    return End.LOST, nothing
-                if now - self._attempt_since > (limit if running.ready else max(limit, STARTING_SECONDS)):
-                    self._kill()
-                    detail = f"the job ran for more than {limit:g} s; take a quicker preset or a coarser resolution"
-                    return End.FAILED, child.Outcome(how="failed", problem="time", detail=detail)
-                if self._memory(running) > self._settings.max_child_bytes:
-                    self._kill()
-                    room = self._settings.max_child_bytes / 2**30
-                    detail = f"the job's process took more than {room:.1f} GiB; thin the cloud or mesh it coarser"
-                    return End.FAILED, child.Outcome(how="failed", problem="memory", detail=detail)
-                if latest is not None and now - stored_at >= STORE_SECONDS:
-                    self._store.update(attempt, **standing.columns(latest))
-                    latest, stored_at = None, now
+                if now - looked_at >= LOOK_SECONDS:
+                    looked_at = now
+                    self._look(running, work.number, watched, now - started)
         except (EOFError, ConnectionError, OSError):
             if not self._leaving.is_set():  # then it was us
-                log.warning("the process of job %s died in attempt %d", row.id, attempt.number)
+                for one in watched.values():
+                    attempt = one.turn.held.attempt
+                    log.warning("the process of job %s died in attempt %d", attempt.job_id, attempt.number)
             self._kill()
-            return End.DIED, nothing
+            for one in watched.values():
+                one.turn.end = End.DIED
+        for turn in turns:
+            turn.held.spent += time.monotonic() - started
+
+    @staticmethod
+    def _hear(watched: dict[int, "_Watched"], message: child.Told) -> None:
+        one = watched[message.index]
+        if isinstance(message.what, child.Outcome):
+            one.turn.end = End.DONE if message.what.how == "done" else End.FAILED
+            one.turn.outcome = message.what
+            del watched[message.index]
+        elif isinstance(message.what, child.Previewed):
+            one.standing.preview = message.what.number
+        else:
+            one.latest = message.what
+            one.standing.see(message.what)
+
+    def _look(self, running: _Child, number: int, watched: dict[int, "_Watched"], seconds: float) -> None:
+        """Whether the jobs under way are still ours, within their time, and within the memory; tells the store."""
+        for i, one in list(watched.items()):
+            turn = one.turn
+            limit = min(turn.limit, self._settings.max_job_seconds)
+            if not self._store.holds(turn.held.attempt):
+                turn.end = End.LOST
+            elif turn.held.spent + seconds > (limit if running.ready else max(limit, STARTING_SECONDS)):
+                detail = f"the job ran for more than {limit:g} s; take a quicker preset or a coarser resolution"
+                turn.end, turn.outcome = End.FAILED, child.Outcome(how="failed", problem="time", detail=detail)
+            else:
+                one.tell(self._store)
+                continue
+            del watched[i]
+            if running.ready and watched:
+                running.connection.send(child.Stop(number, i))  # the others go on
+            elif turn.end is End.LOST:
+                self._stop_child(running, number, i)
+            else:
+                self._kill()
+        if watched and self._memory(running) > self._settings.max_child_bytes:
+            self._kill()
+            room = self._settings.max_child_bytes / 2**30
+            detail = f"the job's process took more than {room:.1f} GiB; thin the cloud or mesh it coarser"
+            for one in watched.values():
+                # Of several nobody knows whose fault it was: each is tried again alone.
+                one.turn.end = End.DIED if len(watched) > 1 else End.FAILED
+                one.turn.outcome = child.Outcome(how="failed", problem="memory", detail=detail)
+            watched.clear()
 
     # The child
 
@@ -340,14 +462,15 @@ class Worker:
             self._child = self._spawn()
         return self._child
 
-    def _stop_child(self, running: _Child) -> None:
+    def _stop_child(self, running: _Child, number: int, index: int) -> None:
         """Ask the child to stop, then terminate it, then kill it; it is used again if it stopped by itself."""
         if not running.ready:
             return  # it has not been given anything yet
-        running.connection.send(child.STOP)
+        running.connection.send(child.Stop(number, index))
         deadline = time.monotonic() + ASK_SECONDS
         while (left := deadline - time.monotonic()) > 0 and running.connection.poll(left):
-            if isinstance(running.connection.recv(), child.Outcome):
+            message = running.connection.recv()
+            if isinstance(message, child.Told) and message.index == index and isinstance(message.what, child.Outcome):
                 return
         self._kill()
 
@@ -463,6 +586,22 @@ class _Standing:
             losses = {name: float(value) for name, value in progress.losses.items()}
             columns |= {"step": progress.step, "steps": progress.steps, "losses": losses}
         return columns
+
+
+class _Watched:
+    """A turn under way, and what the store is to be told of it."""
+
+    def __init__(self, turn: _Turn, typical: dict[tuple[str, str, int, str], float]) -> None:
+        self.turn, self.standing = turn, _Standing(turn.row, turn.task, typical)
+        self.latest: Progress | None = None
+        self._stored_at = 0.0
+
+    def tell(self, store: Store) -> None:
+        """Tell the store of the latest progress, if it is time to."""
+        now = time.monotonic()
+        if self.latest is not None and now - self._stored_at >= STORE_SECONDS:
+            store.update(self.turn.held.attempt, **self.standing.columns(self.latest))
+            self.latest, self._stored_at = None, now
 
 
 def _processors() -> int:
