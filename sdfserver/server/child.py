@@ -18,7 +18,7 @@ from functools import partial
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from sdfserver.config import PRESETS, MeshConfig
 from sdfserver.errors import (
@@ -43,11 +43,14 @@ if TYPE_CHECKING:
     from sdfserver.reconstruct import FieldJob, FittedField, Progress
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 READY = "ready"
 PROGRESS_SECONDS = 0.1
 PREVIEW_SHARES = (0.1, 0.25, 0.5, 0.8)
 """When the surface is shown while it forms, as shares of the fit's steps."""
+ROOM_SECONDS = (0.0, 1.0, 4.0)
+"""How long a job waits before it is tried, and tried again, where the device's memory is full."""
 NICENESS = 10
 """Behind the API and the worker: they must answer while both cores compute."""
 
@@ -215,7 +218,8 @@ def _do(work: Work, connection: Connection) -> None:
             _fit(fits, done)
         for task, reporter in zip(work.tasks, reporters, strict=True):
             if isinstance(task, MeshTask):
-                reporter.tell(_outcome(task, partial(_mesh, task, reporter)) or done())
+                mesh = partial(_mesh, task, reporter)
+                reporter.tell(_outcome(task, partial(_when_there_is_room, mesh)) or done())
     finally:
         free_device_memory()
 
@@ -269,15 +273,43 @@ def _fit(fits: "Sequence[tuple[FitTask, _Reporter]]", done: Callable[[], Outcome
             reporter.tell(outcome)
     if not opened:
         return
-    options = opened[0].task.options
-    device = opened[0].task.device if options.device == "auto" else options.device
+    first = opened[0].task
     found: Sequence[FittedField | Exception]
     try:
-        found = fit_fields([one.job for one in opened], preset=options.preset, device=device)
+        found = fit_fields([one.job for one in opened], preset=first.options.preset, device=_device_of(first))
     except Exception as error:  # noqa: BLE001 - it is that of all of them
         found = [error for _ in opened]
     for one, fitted in zip(opened, found, strict=True):
         one.reporter.tell(_outcome(one.task, partial(_leave, one, fitted)) or done())
+
+
+def _device_of(task: FitTask) -> str:
+    return task.device if task.options.device == "auto" else task.options.device
+
+
+def _alone(one: "_Opened") -> "FittedField":
+    from sdfserver.reconstruct import fit_fields
+
+    (fitted,) = fit_fields([one.job], preset=one.task.options.preset, device=_device_of(one.task))
+    if isinstance(fitted, Exception):
+        raise fitted
+    return fitted
+
+
+def _when_there_is_room(work: Callable[[], T], *, at_once: bool = True) -> T:
+    """What `work` gives, after a while if the device's memory is full: another process may have it."""
+    import torch
+
+    from sdfserver.device import free_device_memory
+
+    for seconds in ROOM_SECONDS if at_once else ROOM_SECONDS[1:]:
+        free_device_memory()
+        time.sleep(seconds)
+        try:
+            return work()
+        except torch.OutOfMemoryError as error:
+            log.warning("the device's memory is full: %s", str(error).splitlines()[0])
+    return work()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,8 +355,12 @@ def _open(task: FitTask, reporter: _Reporter) -> _Opened:
 
 def _leave(one: _Opened, fitted: "FittedField | Exception") -> None:
     """Leave what was fitted in the task's folder; raises what was not."""
+    import torch
+
     from sdfserver.reconstruct import report_json
 
+    if isinstance(fitted, torch.OutOfMemoryError):
+        fitted = _when_there_is_room(partial(_alone, one), at_once=False)
     if isinstance(fitted, Exception):
         raise fitted
     about, folder = fitted.report["cloud"], one.task.folder

@@ -63,7 +63,8 @@ def serve(
     port: Port = None,
     data_dir: DataDir = None,
     workers: Annotated[
-        int | None, typer.Option(metavar="N", min=0, show_default="1", help="Worker processes, one job each at a time.")
+        int | None,
+        typer.Option(metavar="N", min=0, show_default="one for each GPU, or one", help="Worker processes."),
     ] = None,
     device: Device = None,
 ) -> None:
@@ -72,8 +73,9 @@ def serve(
     Jobs survive whatever ends a process: run the command again, and they go on.
     """
     from sdfserver.server.supervisor import serve as run
+    from sdfserver.server.supervisor import with_workers
 
-    settings = _settings(host=host, port=port, data_dir=data_dir, workers=workers, device=device)
+    settings = with_workers(_settings(host=host, port=port, data_dir=data_dir, workers=workers, device=device))
     counted = f"{settings.workers} worker{'' if settings.workers == 1 else 's'}"
 
     def say(url: str) -> None:

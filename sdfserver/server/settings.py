@@ -26,7 +26,10 @@ class Settings(BaseSettings):
         str | None, Field(description="postgresql://..., or a SQLite file in the data folder if unset")
     ] = None
     device: Annotated[str, Field(description="device of a worker: auto, cpu, cuda or cuda:N")] = "auto"
-    workers: Annotated[int, Field(ge=0, le=64, description="worker processes that serve starts")] = 1
+    workers: Annotated[
+        int | None,
+        Field(ge=0, le=64, description="worker processes that serve starts; unset, one for each GPU, or one"),
+    ] = None
     batch: Annotated[
         int, Field(ge=1, le=64, description="small fits that a worker takes at once, and fits together: for GPUs")
     ] = 1

@@ -15,13 +15,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import uvicorn
 from sqlalchemy.exc import SQLAlchemyError
 
 from sdfserver.errors import ConfigError
+from sdfserver.server.gpus import VARIABLE, visible_gpus
 from sdfserver.server.liveness import Identity, Watch, identity
 from sdfserver.server.settings import Settings
 from sdfserver.server.store import Row, Store
@@ -37,6 +39,18 @@ CALM_SECONDS, LONGEST_PAUSE = 10.0, 10.0
 API_GRACE_SECONDS = 5.0
 PORT_SECONDS = 2.0
 """How long a taken port is waited for: the API of a supervisor that was killed takes a moment to let go of it."""
+
+
+def gpus_of(settings: Settings) -> list[str]:
+    """The GPUs that workers under these settings share out among them."""
+    return visible_gpus() if settings.device in ("auto", "cuda") else []
+
+
+def with_workers(settings: Settings) -> Settings:
+    """The settings with a number of workers: unless they say one, one for each GPU, or one."""
+    if settings.workers is not None:
+        return settings
+    return settings.model_copy(update={"workers": max(1, len(gpus_of(settings)))})
 
 
 def check_public(settings: Settings, store: Store) -> None:
@@ -135,9 +149,12 @@ class Supervisor:
         # The socket is for the API alone: a worker that outlived a killed supervisor would keep the port taken.
         fd = listener.fileno()
         self._processes = [_Process(name="api", start=lambda: self._spawn("api", "--fd", str(fd), pass_fd=fd))]
-        self._processes += [
-            _Process(name=f"worker {i + 1}", start=lambda: self._spawn("worker")) for i in range(settings.workers)
-        ]
+        gpus = gpus_of(settings)
+        for i in range(settings.workers or 0):
+            gpu = {VARIABLE: gpus[i % len(gpus)]} if gpus else {}
+            self._processes.append(
+                _Process(name=f"worker {i + 1}", start=partial(self._spawn, "worker", variables=gpu))
+            )
         self._stopping = threading.Event()
 
     def stop(self) -> None:
@@ -161,12 +178,14 @@ class Supervisor:
                 log.exception("the supervisor could not look after its processes; it tries again")
         self._end()
 
-    def _spawn(self, *command: str, pass_fd: int | None = None) -> subprocess.Popen[bytes]:
+    def _spawn(
+        self, *command: str, pass_fd: int | None = None, variables: Mapping[str, str] | None = None
+    ) -> subprocess.Popen[bytes]:
         settings = self._settings.model_dump(mode="json", exclude_none=True)
         environment = {f"SDFSERVER_{name.upper()}": str(value) for name, value in settings.items()}
         return subprocess.Popen(  # noqa: S603 - ourselves
             [sys.executable, "-m", "sdfserver", *command],
-            env=os.environ | environment | {LIFELINE: str(self._lifeline)},
+            env=os.environ | environment | dict(variables or {}) | {LIFELINE: str(self._lifeline)},
             pass_fds=[self._lifeline] if pass_fd is None else [self._lifeline, pass_fd],
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # a terminal's Ctrl-C is the supervisor's, who ends them in order
@@ -234,7 +253,7 @@ class Supervisor:
 
 def serve(settings: Settings, on_listening: Callable[[str], None]) -> None:
     """Run the API and its workers until SIGTERM or SIGINT. Raises ConfigError where that cannot begin."""
-    settings = settings.model_copy(update={"data_dir": settings.data_dir.absolute()})
+    settings = with_workers(settings.model_copy(update={"data_dir": settings.data_dir.absolute()}))
     store = open_store(settings)
     check_public(settings, store)
     listener = listen(settings)

@@ -135,7 +135,7 @@ class Worker:
         self._settings = settings
         self._store = Store(settings.database)
         self._artifacts = Artifacts(settings.data_dir)
-        self._threads = threads or max(1, _processors() // max(1, settings.workers))
+        self._threads = threads or max(1, _processors() // max(1, settings.workers or 1))
         self._id = f"{socket.gethostname()[:40]}-{secrets.token_hex(6)}"
         self._child: _Child | None = None
         self._held: dict[str, _Held] = {}
