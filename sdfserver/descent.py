@@ -66,15 +66,15 @@ class Task:
 
 
 class Batch(NamedTuple):
-    """What a step sees. x: (N, 3), first the cloud's. normals: (n, 3). space: (m, 4), columns as SPACE_COLUMNS."""
+    """What a step sees. x: (N, 3), first the cloud's. normals: (n, 3). space: (m, 5), columns as SPACE_COLUMNS."""
 
     x: Tensor
     normals: Tensor
     space: Tensor
 
 
-SPACE_COLUMNS = ("signed_distance", "first_guess", "trusted_sign", "far")
-"""Of a sample in space; the third is 0 where the sign is not trusted, the last 1 or 0."""
+SPACE_COLUMNS = ("signed_distance", "first_guess", "trusted_sign", "share", "far")
+"""Of a sample in space: the sign is 0 where it is not trusted, share the weight of the off-surface term, far 1 or 0."""
 
 
 class Given(NamedTuple):
@@ -261,9 +261,8 @@ class _Slopes:
     def full(self, phi: Tensor, gradient: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """With respect to phi (..., N) and to the gradient (..., N, 3)."""
         n, config = self._config.batch_surface, self._config
-        signed_distance, _, trusted_sign, far = batch.space.unbind(-1)
+        signed_distance, _, trusted_sign, share, far = batch.space.unbind(-1)
         on, off = phi[..., :n], phi[..., n:]
-        share = torch.where(trusted_sign == 0, config.untrusted_share, 1.0)
         d_on = surface_slope(on, self._width) * self._surface
         d_off = signed_off_surface_slope(off, trusted_sign, share, alpha=config.alpha) * self._off_surface
         d_off += distance_slope(off, signed_distance, far) * self._distance
@@ -281,7 +280,7 @@ class Batches:
         self.room, self._config, self._one = room, config, len(several) == 1
         device, k = several[0].points.device, len(several)
         self._on = [torch.cat([samples.points, samples.normals], dim=1) for samples in several]
-        self._off = [_table(samples.pool) for samples in several]
+        self._off = [_table(samples.pool, config.untrusted_share) for samples in several]
         n, m = config.batch_surface, config.batch_space
         self._x = torch.zeros((room, k, n + m, 3), device=device)
         self._normals = torch.zeros((room, k, n, 3), device=device)
@@ -304,9 +303,10 @@ class Batches:
         return Batch(*(array[0] if self._one else array for array in picked))
 
 
-def _table(pool: SpacePool) -> Tensor:
-    """Points and SPACE_COLUMNS of the samples, (p, 7)."""
-    columns = [pool.signed_distance, pool.first_guess, pool.signed_distance.sign() * pool.trusted, pool.far]
+def _table(pool: SpacePool, untrusted_share: float) -> Tensor:
+    """Points and SPACE_COLUMNS of the samples, (p, 8)."""
+    share = torch.where(pool.trusted, 1.0, untrusted_share)
+    columns = [pool.signed_distance, pool.first_guess, pool.signed_distance.sign() * pool.trusted, share, pool.far]
     return torch.cat([pool.points, torch.stack([column.float() for column in columns], dim=1)], dim=1)
 
 
@@ -335,7 +335,7 @@ def terms_of(given: Given, task: Task, config: FitConfig) -> dict[str, Tensor]:
     if gradient is None:
         return {"warm_start": (phi - _warm_target(batch)).abs().mean()}
     n = len(batch.normals)
-    signed_distance, _, trusted_sign, far = batch.space.unbind(-1)
+    signed_distance, _, trusted_sign, _, far = batch.space.unbind(-1)
     return {
         "surface": surface_loss(phi[:n], task.width(config)),
         "normal": normal_loss(gradient[:n], batch.normals),
