@@ -101,11 +101,12 @@ class Command:
 
 
 def measured_rates(device: torch.device, *, seconds: float = 0.3) -> Rates:
-    """The rates of `device` at the sizes of a fit: products of 2048 x 256 by 256 x 256."""
-    a, b = torch.rand(2048, 256, device=device), torch.rand(256, 256, device=device)
+    """The rates of `device`: on a CPU of products at the sizes of a fit, elsewhere of such as fill it."""
+    n, m, k = (2048, 256, 256) if device.type == "cpu" else (8192, 4096, 4096)
+    a, b = torch.rand(n, m, device=device), torch.rand(m, k, device=device)
     low_a, low_b = a.bfloat16(), b.bfloat16()
     block, copy = torch.rand(2**24, device=device), torch.empty(2**24, device=device)
-    flops = 2 * 2048 * 256 * 256
+    flops = 2 * n * m * k
     return Rates(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         threads=torch.get_num_threads(),

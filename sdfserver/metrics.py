@@ -19,7 +19,8 @@ from sdfserver.neighbours import Neighbours, along_a_curve, neighbours_of
 
 Vectors = TypeVar("Vectors", NDArray[np.float64], Tensor)
 
-_CHUNK = 4096
+_CHUNK, _DEVICE_CHUNK = 4096, 65_536
+"""Points that are looked at together on a CPU, where what is computed for them stays in cache, and elsewhere."""
 _NEAREST = (24, 192)
 """How many faces are tried for a point, first and where that does not settle it."""
 _BRANCH = 8
@@ -168,13 +169,14 @@ def closest_on_mesh(
     centers = corners.mean(axis=1)
     radii = np.sqrt(((corners - centers[:, None]) ** 2).sum(axis=2).max(axis=1))
     triangles, near = _Triangles(mesh.vertices, mesh.faces, device), neighbours_of(centers, device)
+    chunk = _CHUNK if torch.device(device).type == "cpu" else _DEVICE_CHUNK
     face = np.zeros(len(points), np.int64)
     rest = _along_a_curve(points)  # neighbours one after another: half the time of a random order
     for k in _NEAREST:
         if not 0 < len(rest) * k <= len(points) * _NEAREST[0]:
             break  # none are left, or so many are far from the mesh that only the cylinders will do
         unfinished = []
-        for part in _chunks(rest, _CHUNK * _NEAREST[0] // k):
+        for part in _chunks(rest, chunk * _NEAREST[0] // k):
             face[part], finished = _among_nearest(points[part], min(k, len(radii)), triangles, near, radii)
             unfinished.append(part[~finished])
         rest = np.concatenate(unfinished)
@@ -184,7 +186,7 @@ def closest_on_mesh(
         for part in _chunks(rest, _CHUNK):
             face[part] = _among_all(points[part], face[part], triangles, levels, order)
     point = np.empty((len(points), 3))
-    for part in _chunks(np.arange(len(points)), _CHUNK):
+    for part in _chunks(np.arange(len(points)), chunk):
         point[part] = triangles.closest(points[part], face[part])
     return ClosestPoints(distance=np.linalg.norm(point - points, axis=1), face=face, point=point)
 
