@@ -99,15 +99,8 @@ class Descent:
         self._low_precision_steps, self._many = low_precision_steps, len(tasks) > 1
         self._device = device = tasks[0].samples.points.device
         self._stack = stacked([task.model for task in tasks])
-        # The rate is a tensor of the device's, so that a recorded step can change it.
         self._rate = torch.tensor(config.learning_rate, device=device)
-        self._optimizer = torch.optim.Adam(
-            [self._stack.values],
-            lr=self._rate,
-            betas=(0.9, config.beta2),
-            fused=True,
-            capturable=device.type == "cuda",
-        )
+        self._optimizer = self._stack.adam(self._rate, config.beta2)
         self._batches = Batches([task.samples for task in tasks], config, most_at_once)
         self._held = HeldOut([task.samples for task in tasks])
         self._rates = torch.zeros(most_at_once, device=device)

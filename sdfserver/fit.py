@@ -158,21 +158,7 @@ def fit_together(
                 ended[i] = error
         answers = {}
         for config_of_leg in {leg.config: None for leg in legs.values()}:
-            some = [i for i, leg in legs.items() if leg.config == config_of_leg]
-            before = {i: legs[i].task.saved() for i in some}
-
-            def together(some: list[int], legs: dict[int, _Leg] = legs, before: dict[int, Any] = before) -> Answers:
-                for i in some:
-                    legs[i].task.restore(before[i])  # where it is tried once more, in halves
-                try:
-                    return dict(zip(some, _descend([legs[i] for i in some]), strict=True))
-                except torch.OutOfMemoryError as error:
-                    if len(some) > 1:
-                        raise
-                    return {some[0]: error}
-
-            for part in in_halves(together, some):
-                answers |= part
+            answers |= _down({i: leg for i, leg in legs.items() if leg.config == config_of_leg})
     return [ended[i] for i in range(len(jobs))]
 
 
@@ -317,6 +303,23 @@ class _Teller:
     def _progress(self, step: int, share: float) -> FitProgress:
         self._share = max(self._share, min(1.0, share))
         return FitProgress(step=step, steps=self.steps, share=self._share, losses=dict(self.losses))
+
+
+def _down(legs: dict[int, _Leg]) -> Answers:
+    """How legs of one config ended, together, or in halves where the memory does not hold them together."""
+    before = {i: leg.task.saved() for i, leg in legs.items()}
+
+    def attempt(some: list[int]) -> Answers:
+        for i in some:
+            legs[i].task.restore(before[i])  # the first attempt may have come some way
+        try:
+            return dict(zip(some, _descend([legs[i] for i in some]), strict=True))
+        except torch.OutOfMemoryError as error:
+            if len(some) > 1:
+                raise
+            return {some[0]: error}
+
+    return {i: answer for part in in_halves(attempt, list(legs)) for i, answer in part.items()}
 
 
 def _descend(legs: Sequence[_Leg]) -> list[Descended | SdfServerError]:

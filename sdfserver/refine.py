@@ -447,13 +447,7 @@ class _CellFits:
         self._rates = torch.tensor([config.rate(step) for step in range(config.steps)], device=device)
         self._step = torch.zeros(1, dtype=torch.int64, device=device)
         self._rate = self._rates[0].clone()
-        self._optimizer = torch.optim.Adam(
-            [self._stack.values],
-            lr=self._rate,
-            betas=(0.9, config.beta2),
-            fused=True,
-            capturable=device.type == "cuda",
-        )
+        self._optimizer = self._stack.adam(self._rate, config.beta2)
         self._width = self._rate.new_tensor(NO_WIDTH)
         self.take = Captured(self._take, device)
         """Takes one step."""

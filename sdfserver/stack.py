@@ -52,6 +52,11 @@ class Stack:
         grad = self._derivatives[self.values.dtype]
         torch.mul(self._derivatives[dtype], self._factors, out=grad)
 
+    def adam(self, rate: Tensor, beta2: float) -> torch.optim.Adam:
+        """An optimiser of the parameters; `rate` is a tensor on their device, so that a recorded step can change it."""
+        recorded = rate.device.type == "cuda"
+        return torch.optim.Adam([self.values], lr=rate, betas=(0.9, beta2), fused=True, capturable=recorded)
+
     def parted(self, values: Tensor) -> list[Tensor]:
         """Values (p,) that belong to the parameters one by one, as views in the shapes of these."""
         return [values[place].view(shape) for place, shape in zip(self._places, self._shapes, strict=True)]

@@ -31,7 +31,12 @@ class Settings(BaseSettings):
         Field(ge=0, le=64, description="worker processes that serve starts; unset, one for each GPU, or one"),
     ] = None
     batch: Annotated[
-        int, Field(ge=1, le=64, description="small fits that a worker takes at once, and fits together: for GPUs")
+        int,
+        Field(
+            ge=1,
+            le=64,
+            description="small fits that workers take at once, and fit together: for GPUs; one for all of them",
+        ),
     ] = 1
     allow_public_without_keys: Annotated[
         bool, Field(description="listen on a public address although anyone may then use the server")
