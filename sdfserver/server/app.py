@@ -2,6 +2,8 @@
 
 import asyncio
 import logging
+import re
+import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -11,17 +13,18 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import PlainTextResponse, Response
 from fastapi_offline import FastAPIOffline
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sdfserver.schemas import JobState
 from sdfserver.server import page
 from sdfserver.server.artifacts import Artifacts
 from sdfserver.server.liveness import living
+from sdfserver.server.logs import STEP, about
+from sdfserver.server.metrics import Measured, Metrics
 from sdfserver.server.problems import ProblemError
 from sdfserver.server.queue import JobQueue
 from sdfserver.server.routes import MAX_JSON_BYTES, Service, TheService, answers, invalid, problem_response, router
@@ -31,6 +34,8 @@ from sdfserver.server.views import JOBS, QueueView
 from sdfserver.server.worker import prepare_storage
 
 log = logging.getLogger(__name__)
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 _HTTP_KINDS = {400: "malformed", 401: "unauthorized", 404: "not-found", 405: "method", 413: "too-large", 416: "range"}
 _DESCRIPTION = """
@@ -72,9 +77,10 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
         license_info={"name": "MIT", "identifier": "MIT"},
     )
-    metrics = _Metrics()
+    metrics = Metrics()
     app.add_middleware(_Limited)
-    app.add_middleware(_Measured, metrics=metrics)
+    app.add_middleware(Measured, metrics=metrics)
+    app.add_middleware(_Identified)
     app.include_router(router)
     app.include_router(page.router)
     _add_service_routes(app, metrics)
@@ -82,7 +88,7 @@ def create_app(settings: Settings) -> FastAPI:
     return app
 
 
-def _add_service_routes(app: FastAPI, metrics: "_Metrics") -> None:
+def _add_service_routes(app: FastAPI, metrics: Metrics) -> None:
     @app.get("/health/live", response_class=PlainTextResponse, tags=["service"])
     def live() -> str:
         """Whether the process answers."""
@@ -99,53 +105,30 @@ def _add_service_routes(app: FastAPI, metrics: "_Metrics") -> None:
     @app.get("/metrics", response_class=PlainTextResponse, tags=["service"])
     def prometheus(service: TheService) -> Response:
         """Figures for Prometheus."""
-        return Response(metrics.text(service), media_type=CONTENT_TYPE_LATEST)
+        return Response(metrics.text(service.store, service.settings.lease_seconds), media_type=CONTENT_TYPE_LATEST)
 
 
-class _Metrics:
-    """What Prometheus is told."""
+class _Identified:
+    """Gives every request an id, the client's own if it sent a usable one: in the answer and in the log."""
 
-    def __init__(self) -> None:
-        self._registry = CollectorRegistry()
-        self.requests = Counter(
-            "sdfserver_http_requests", "Requests answered", ["method", "route", "status"], registry=self._registry
-        )
-        self.seconds = Histogram(
-            "sdfserver_http_request_seconds", "Seconds to the first byte of an answer", ["route"],
-            registry=self._registry,
-        )  # fmt: skip
-        self._jobs = Gauge("sdfserver_jobs", "Jobs by state", ["state"], registry=self._registry)
-        self._workers = Gauge("sdfserver_workers", "Workers that are alive", registry=self._registry)
-
-    def text(self, service: Service) -> bytes:
-        counts = service.store.counts()
-        for state in JobState:
-            self._jobs.labels(state.value).set(counts.get(state.value, 0))
-        self._workers.set(len(living(service.store, service.settings.lease_seconds)))
-        return generate_latest(self._registry)
-
-
-class _Measured:
-    """Counts requests by route, and the seconds until their answers begin."""
-
-    def __init__(self, app: ASGIApp, metrics: _Metrics) -> None:
-        self._app, self._metrics = app, metrics
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        start = asyncio.get_running_loop().time()
+        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        request = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
 
-        async def observed(message: Message) -> None:
+        async def answered(message: Message) -> None:
             if message["type"] == "http.response.start":
-                # The pattern, not the path: a label for every job would never end.
-                route = getattr(scope.get("route"), "path", "other")
-                self._metrics.requests.labels(scope["method"], route, message["status"]).inc()
-                self._metrics.seconds.labels(route).observe(asyncio.get_running_loop().time() - start)
+                message["headers"] = [*message.get("headers", []), (b"x-request-id", request.encode())]
+                log.log(STEP, "%s %s: %d", scope["method"], scope["path"][:200], message["status"])
             await send(message)
 
-        await self._app(scope, receive, observed)
+        with about(request=request):
+            await self._app(scope, receive, answered)
 
 
 class _Limited:

@@ -34,7 +34,7 @@ from sdfserver.errors import (
 )
 from sdfserver.schemas import JobOptions, MeshOptions
 from sdfserver.server.artifacts import CLOUD, FIELD, FIT_REPORT, MESH, PICTURE, POINTS, PREVIEW, REPORT, sync
-from sdfserver.server.logs import set_up_logging
+from sdfserver.server.logs import about, set_up_logging
 
 if TYPE_CHECKING:
     from sdfserver.cloud import PointCloud
@@ -59,9 +59,12 @@ NICENESS = 10
 class FitTask:
     """Fit a field to the cloud at `cloud`, and leave it in `folder`. `name` is the cloud's for its user."""
 
+    step = "fit"
     cloud: Path
     name: str
     folder: Path
+    job_id: str
+    request_id: str | None
     options: JobOptions
     max_points: int
     device: str
@@ -71,8 +74,11 @@ class FitTask:
 class MeshTask:
     """Mesh the field in `field_folder`, and leave mesh and report in `folder`."""
 
+    step = "mesh"
     field_folder: Path
     folder: Path
+    job_id: str
+    request_id: str | None
     options: MeshOptions
     preset: str
     device: str
@@ -226,10 +232,11 @@ def _do(work: Work, connection: Connection) -> None:
 
 def _outcome(task: FitTask | MeshTask, step: Callable[[], None]) -> Outcome | None:
     """How a task has ended by a `step` that raised; None if the step did not."""
-    try:
-        step()
-    except Exception as error:  # noqa: BLE001 - a job's fault must not end the process
-        return _failed(task, error)
+    with about(job=task.job_id, request=task.request_id):
+        try:
+            step()
+        except Exception as error:  # noqa: BLE001 - a job's fault must not end the process
+            return _failed(task, error)
     return None
 
 

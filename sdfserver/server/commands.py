@@ -1,5 +1,6 @@
 """The commands that run the service: serve, api, worker, keys. Nothing heavy is imported before one is run."""
 
+import json
 import socket
 import sys
 from pathlib import Path
@@ -51,6 +52,8 @@ def add_commands(app: typer.Typer) -> None:
     """Add the service's commands to the command line."""
     for command in (serve, api, worker):
         app.command(rich_help_panel="Service", cls=_WithSettings)(command)
+    app.command(rich_help_panel="Service")(status)
+    app.command(rich_help_panel="Service")(migrate)
     keys = typer.Typer(help="API keys: create, list and revoke them.", no_args_is_help=True)
     keys.command("create")(create_key)
     keys.command("list")(list_keys)
@@ -114,6 +117,35 @@ def worker(data_dir: DataDir = None, device: Device = None) -> None:
     settings = _settings(data_dir=data_dir, device=device)
     watch_parent()
     main(settings)
+
+
+def status(
+    data_dir: DataDir = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Show how the service stands: queue, workers and their devices, what failed last.
+
+    It asks the database, so that it answers when no API does.
+    """
+    from sdfserver.server.status import look, text
+    from sdfserver.server.supervisor import open_store
+
+    settings = _settings(data_dir=data_dir)
+    if settings.database_url is None and not settings.database_file.exists():
+        raise ConfigError(f"no service has run in {str(settings.data_dir)!r}; give its --data-dir")
+    found = look(open_store(settings), settings.lease_seconds)
+    sys.stdout.write((json.dumps(found, indent=1) if as_json else text(found)) + "\n")
+
+
+def migrate(data_dir: DataDir = None) -> None:
+    """Bring the database to this version's schema, as every start of the service does by itself.
+
+    Several may do so at once. A database of a later sdfserver is refused.
+    """
+    from sdfserver.server.supervisor import open_store
+
+    before, after = open_store(_settings(data_dir=data_dir), prepare=False).create_tables()
+    _say(f"the database is at version {after}" + (f"; it was at {before}" if before not in (None, after) else ""))
 
 
 def create_key(

@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, TypeVar, cast, get_args
 
@@ -47,6 +48,7 @@ from sdfserver.schemas import (
 from sdfserver.server import fields
 from sdfserver.server.artifacts import FIELD, MESH, PICTURE, POINTS, PREVIEW, REPORT, Artifacts
 from sdfserver.server.liveness import living
+from sdfserver.server.logs import STEP, about, subject
 from sdfserver.server.problems import KINDS, MEDIA_TYPE, ProblemError
 from sdfserver.server.queue import JobQueue
 from sdfserver.server.settings import Settings
@@ -293,7 +295,8 @@ async def submit_job(
             idempotency_key=idempotency_key,
         )
         # Within the upload's context: its folder is not taken for a stray before the row is there.
-        return await to_thread.run_sync(_create, service, owner, new, response, limiter=service.creating)
+        create = partial(_create, service, owner, new, response, upload_bytes=upload.size)
+        return await to_thread.run_sync(create, limiter=service.creating)
 
 
 def _new_job(options: JobOptions | MeshJobOptions, preset: str, source: str, **known: Any) -> NewJob:
@@ -304,6 +307,7 @@ def _new_job(options: JobOptions | MeshJobOptions, preset: str, source: str, **k
         preset=preset,
         resolution=_resolution(options, preset),
         priority=options.priority,
+        request_id=subject("request"),
         request_hash=hashlib.sha256(f"{source}\n{json.dumps(plain, sort_keys=True)}".encode()).hexdigest(),
         **known,
     )
@@ -315,7 +319,7 @@ def _resolution(options: MeshOptions, preset: str) -> int:
     return replace(base, resolution=options.resolution or base.resolution).finest
 
 
-def _create(service: Service, owner: ApiKey, new: NewJob, response: Response) -> Job:
+def _create(service: Service, owner: ApiKey, new: NewJob, response: Response, *, upload_bytes: int = 0) -> Job:
     """The new job, or the one that the same request made before; its files are removed where it is not new."""
     settings = service.settings
     try:
@@ -324,6 +328,7 @@ def _create(service: Service, owner: ApiKey, new: NewJob, response: Response) ->
             service.queue.enqueue,
             max_queue=settings.max_queue,
             max_jobs=settings.max_jobs_per_key if owner.max_jobs is None else owner.max_jobs,
+            upload_bytes=upload_bytes,
         )
     except IdempotencyConflictError:
         raise ProblemError(
@@ -341,6 +346,9 @@ def _create(service: Service, owner: ApiKey, new: NewJob, response: Response) ->
         response.headers["Idempotent-Replayed"] = "true"
         if row.gone_at is not None:
             raise ProblemError("gone", f"job {row.id}, which this key made, has been removed; use a new key")
+    else:
+        with about(job=row.id):
+            log.log(STEP, "accepted: %s, %s, %d bytes", new.kind, new.preset, upload_bytes)
     response.headers["Location"] = f"{JOBS}/{row.id}"
     return job_view(row, service.view.turns(row))
 

@@ -1,7 +1,7 @@
 """Settings of the service, from the environment: every field is SDFSERVER_ and its name in capitals."""
 
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -38,6 +38,9 @@ class Settings(BaseSettings):
             description="small fits that workers take at once, and fit together: for GPUs; one for all of them",
         ),
     ] = 1
+    log_format: Annotated[
+        Literal["text", "json"], Field(description="lines for people, or objects with ids of requests and jobs")
+    ] = "text"
     allow_public_without_keys: Annotated[
         bool, Field(description="listen on a public address although anyone may then use the server")
     ] = False
@@ -71,10 +74,15 @@ class Settings(BaseSettings):
         return self
 
     @property
+    def database_file(self) -> Path:
+        """Where the embedded database is."""
+        return self.data_dir / "sdfserver.sqlite3"
+
+    @property
     def database(self) -> str:
         """The SQLAlchemy URL of the database."""
         if self.database_url is None:
-            return f"sqlite:///{(self.data_dir / 'sdfserver.sqlite3').absolute()}"
+            return f"sqlite:///{self.database_file.absolute()}"
         return self.database_url.replace("postgres://", "postgresql://").replace(
             "postgresql://", "postgresql+psycopg://"
         )

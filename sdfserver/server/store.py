@@ -14,11 +14,16 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import JSON, BigInteger, Boolean, Column, Float, Integer, MetaData, String, Table, UniqueConstraint
+from sqlalchemy.dialects.postgresql import insert as postgresql_insert
+from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.engine import Connection, Engine
 
 from sdfserver.schemas import JobKind, JobState
 from sdfserver.server.artifacts import Kept
+from sdfserver.server.migrations import migrate
 
+STAGE_BUCKETS = (0.1, 0.5, 1, 2, 5, 10, 20, 60, 300, 1800)
+"""Upper bounds, in seconds, of the buckets in which stages of jobs are counted."""
 TYPICAL_OF = 10
 """A typical duration is the mean over this many of the last jobs of a kind."""
 _ACTIVE = (JobState.QUEUED, JobState.RUNNING)
@@ -63,6 +68,7 @@ jobs = Table(
     Column("gone_at", Float),
     Column("idempotency_key", String(255)),
     Column("request_hash", String(64)),
+    Column("request_id", String(64)),  # of the HTTP request that made it, to join the logs by
     UniqueConstraint("owner", "idempotency_key"),
     sa.Index("jobs_queue", "state", "priority", "seq"),
     sa.Index("jobs_owner", "owner", "seq"),
@@ -87,7 +93,16 @@ workers = Table(
     Column("beat_at", Float, nullable=False),
     Column("retired", Boolean, nullable=False, default=False),
     Column("heir", String(64)),  # the worker that puts a retired one's jobs back into the queue
+    Column("figures", JSON),  # what its device says of itself
 )
+totals = Table(
+    "totals",
+    metadata,
+    Column("name", String(64), primary_key=True),
+    Column("labels", String(255), primary_key=True),  # label=value, joined by commas
+    Column("value", Float, nullable=False),
+)
+"""Counts that only rise: they outlive the jobs that they are of, and any process."""
 api_keys = Table(
     "api_keys",
     metadata,
@@ -138,6 +153,7 @@ class NewJob:
     parent_id: str | None = None
     idempotency_key: str | None = None
     request_hash: str | None = None
+    request_id: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,12 +192,12 @@ class Store:
             self.engine = self._reader = sa.create_engine(url, pool_size=10, max_overflow=20, pool_pre_ping=True)
             self.now = sa.literal_column("extract(epoch from clock_timestamp())::float8", sa.Float)
 
-    def create_tables(self) -> None:
-        """Make what is missing; several processes may do so at once."""
-        with self.engine.begin() as connection:
-            if not self.sqlite:
-                connection.execute(sa.text("SELECT pg_advisory_xact_lock(7345293)"))
-            metadata.create_all(connection)
+    def create_tables(self) -> tuple[str | None, str]:
+        """Make what is missing, or bring it up to date; several processes may do so at once. Versions before and after.
+
+        Raises ConfigError where the database is a later sdfserver's.
+        """
+        return migrate(self.engine)
 
     def close(self) -> None:
         """Give all connections back."""
@@ -201,7 +217,13 @@ class Store:
     # Jobs
 
     def create_job(
-        self, new: NewJob, enqueue: Callable[[Connection, str, int], None], *, max_queue: int, max_jobs: int
+        self,
+        new: NewJob,
+        enqueue: Callable[[Connection, str, int], None],
+        *,
+        max_queue: int,
+        max_jobs: int,
+        upload_bytes: int = 0,
     ) -> tuple[Row, bool]:
         """The row of a new job, enqueued in the same transaction, or of the one made by the same request before.
 
@@ -231,6 +253,8 @@ class Store:
             seq = connection.execute(sa.insert(jobs).values(**values).returning(jobs.c.seq)).scalar_one()
             enqueue(connection, new.id, queue_order(new.priority, seq))
             self._event(connection, new.id)
+            added = {("jobs_submitted", f"kind={new.kind},preset={new.preset}"): 1.0}
+            self._add(connection, added | ({("upload_bytes", ""): float(upload_bytes)} if upload_bytes else {}))
             return connection.execute(sa.select(jobs).where(jobs.c.seq == seq)).one(), False
 
     def job(self, job_id: str, owner: str | None = None) -> Row | None:
@@ -288,6 +312,35 @@ class Store:
         )
         with self._read() as connection:
             return connection.execute(query).all()
+
+    def totals(self) -> dict[tuple[str, str], float]:
+        """All counts that only rise, by name and labels."""
+        with self._read() as connection:
+            return {(row.name, row.labels): row.value for row in connection.execute(sa.select(totals))}
+
+    def oldest_wait(self) -> float:
+        """Seconds that the first of those who wait has been waiting; 0 where nobody does."""
+        query = sa.select(self.now - sa.func.min(jobs.c.created_at)).where(jobs.c.state == JobState.QUEUED)
+        with self._read() as connection:
+            return max(0.0, connection.execute(query).scalar() or 0.0)
+
+    def last_failures(self, limit: int) -> Sequence[Row]:
+        """The jobs that failed last, latest first: id, name, problem, `ago` in seconds."""
+        ago = (self.now - jobs.c.finished_at).label("ago")
+        query = (
+            sa.select(jobs.c.id, jobs.c.name, jobs.c.problem, ago)
+            .where(jobs.c.state == JobState.FAILED, jobs.c.gone_at.is_(None))
+            .order_by(jobs.c.finished_at.desc())
+            .limit(limit)
+        )
+        with self._read() as connection:
+            return connection.execute(query).all()
+
+    def running(self) -> Sequence[Row]:
+        """The jobs under way: id, worker, stage, progress, attempt, name."""
+        columns = (jobs.c.id, jobs.c.worker, jobs.c.stage, jobs.c.progress, jobs.c.attempt, jobs.c.name)
+        with self._read() as connection:
+            return connection.execute(sa.select(*columns).where(jobs.c.state == JobState.RUNNING)).all()
 
     def counts(self) -> dict[str, int]:
         """How many jobs there are in each state."""
@@ -443,6 +496,7 @@ class Store:
                     .values(state=JobState.QUEUED, worker=None, stage=None, eta_s=None)
                 )
                 self._event(connection, job_id)
+                self._add(connection, {("recoveries", ""): 1.0})
 
     # Workers
 
@@ -455,11 +509,12 @@ class Store:
                 )
             )
 
-    def beat(self, worker: str) -> bool:
-        """Say that the worker is alive. False if it has been taken for dead."""
+    def beat(self, worker: str, figures: Mapping[str, float] | None = None) -> bool:
+        """Say that the worker is alive, and what its device says, if that is known. False if it was taken for dead."""
+        values = {"beat_at": self.now} | ({} if figures is None else {"figures": dict(figures)})
         with self.engine.begin() as connection:
             alive = workers.c.id == worker, workers.c.retired.is_(False)
-            return connection.execute(sa.update(workers).where(*alive).values(beat_at=self.now)).rowcount == 1
+            return connection.execute(sa.update(workers).where(*alive).values(**values)).rowcount == 1
 
     def retire(self, worker: str) -> None:
         """Take a worker for dead, for good."""
@@ -544,6 +599,7 @@ class Store:
     ) -> bool:
         """Count a death of the job's process: whether it may be started again; if not, it has failed."""
         connection.execute(sa.update(jobs).where(jobs.c.seq == row.seq).values(deaths=row.deaths + 1))
+        self._add(connection, {("deaths", ""): 1.0})
         if row.deaths + 1 < max_attempts:
             return True
         self._finish(connection, jobs.c.seq == row.seq, JobState.FAILED, expires_in, problem=dict(died))
@@ -563,11 +619,29 @@ class Store:
             .values(
                 state=state, finished_at=self.now, eta_s=None, stage=None, expires_at=self.now + expires_in, **values
             )
-            .returning(jobs.c.id)
+            .returning(jobs.c.id, jobs.c.problem, jobs.c.seconds, jobs.c.created_at, jobs.c.started_at)
         ).first()
-        if row is not None:
-            self._event(connection, row.id)
-        return row is not None
+        if row is None:
+            return False
+        self._event(connection, row.id)
+        reason = (row.problem or {}).get("type", "").rpartition(":")[2]
+        added = {("jobs_ended", f"state={state},reason={reason}"): 1.0}
+        seconds = dict(row.seconds or {}) if state == JobState.SUCCEEDED else {}
+        if row.started_at is not None:
+            seconds["wait"] = max(0.0, row.started_at - row.created_at)
+        for stage, value in seconds.items():
+            bucket = next((str(edge) for edge in STAGE_BUCKETS if value <= edge), "+Inf")
+            added |= {("stage_seconds", f"stage={stage},le={bucket}"): 1.0, ("stage_sum", f"stage={stage}"): value}
+        self._add(connection, added)
+        return True
+
+    def _add(self, connection: Connection, added: Mapping[tuple[str, str], float]) -> None:
+        """Add to the totals, in an order that is everybody's: so none waits for one that waits for it."""
+        insert = sqlite_insert if self.sqlite else postgresql_insert
+        for (name, labels), value in sorted(added.items()):
+            statement = insert(totals).values(name=name, labels=labels, value=value)
+            raised = {"value": totals.c.value + statement.excluded.value}
+            connection.execute(statement.on_conflict_do_update(index_elements=["name", "labels"], set_=raised))
 
     def _event(self, connection: Connection, job_id: str, kind: str = "state") -> None:
         """Add the job as it now stands to its events."""

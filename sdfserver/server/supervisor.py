@@ -264,13 +264,15 @@ def serve(settings: Settings, on_listening: Callable[[str], None]) -> None:
     supervisor.run()
 
 
-def open_store(settings: Settings) -> Store:
-    """The store, with its tables and folders made. Raises ConfigError where it cannot be had."""
+def open_store(settings: Settings, *, prepare: bool = True) -> Store:
+    """The store, with its tables and folders made, or the folder alone. Raises ConfigError where it cannot be had."""
     from sdfserver.server.artifacts import Artifacts
 
     try:
         store = Store(settings.database)
-        prepare_storage(settings, store, Artifacts(settings.data_dir))
+        settings.data_dir.mkdir(parents=True, exist_ok=True)
+        if prepare:
+            prepare_storage(settings, store, Artifacts(settings.data_dir))
     except OSError as error:
         raise ConfigError(f"data_dir {str(settings.data_dir)!r} cannot be used: {error.strerror}") from None
     except SQLAlchemyError as error:

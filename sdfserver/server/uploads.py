@@ -50,6 +50,11 @@ class Upload:
         return self._stack.__exit__(*raised)
 
     @property
+    def size(self) -> int:
+        """Bytes of the cloud so far."""
+        return self._bytes
+
+    @property
     def digest(self) -> str:
         """SHA-256 of the cloud's bytes."""
         return self._hash.hexdigest()

@@ -29,7 +29,9 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 from sdfserver.schemas import JobKind, JobOptions, MeshJobOptions, Problem
 from sdfserver.server import child
 from sdfserver.server.artifacts import Artifacts
+from sdfserver.server.gpus import gpu_figures
 from sdfserver.server.liveness import Sight, Watch, identity, sight
+from sdfserver.server.logs import STEP, about
 from sdfserver.server.problems import problem
 from sdfserver.server.queue import JobQueue, take_jobs
 from sdfserver.server.settings import MIB, Settings
@@ -50,6 +52,8 @@ ASK_SECONDS, TERMINATE_SECONDS = 0.4, 0.2
 STARTING_SECONDS = 120.0
 """A job's time begins when its process is there to compute, if that takes no longer than this."""
 RECOVER_SECONDS = 0.25
+FIGURES_SECONDS = 10.0
+"""How often a GPU is looked at."""
 GATHER_SECONDS = 0.1
 """How long a fit waits for others to go with it, where it may."""
 SMALL_BYTES = 16 * MIB
@@ -144,6 +148,7 @@ class Worker:
         self._draining = threading.Event()
         self._leaving = threading.Event()
         self._beginning = threading.Lock()
+        self._figures: dict[str, float] | None = None
         self._busy: set[str] = set()
         self._idle = threading.Event()
         self._idle.set()
@@ -164,7 +169,8 @@ class Worker:
         watch = Watch(self._store, self._settings.lease_seconds)
         # Before this worker takes any: a job that was cut off goes before those that wait.
         self._recover(queue, watch)
-        for target in (self._beat, lambda: self._keep_recovering(queue, watch), lambda: self._sweep(queue)):
+        others = self._keep_measuring, lambda: self._keep_recovering(queue, watch), lambda: self._sweep(queue)
+        for target in (self._beat, *others):
             threading.Thread(target=target, daemon=True).start()
         stop_taking = take_jobs(self._store, self._id, at_once=self._settings.batch, fit=self._fit, mesh=self._mesh)
         log.info("worker %s takes jobs", self._id)
@@ -224,7 +230,10 @@ class Worker:
         while True:
             try:
                 row = self._store.job(job_id)
-                return None if row is None else step(row)
+                if row is None:
+                    return None
+                with about(job=job_id, request=row.request_id):
+                    return step(row)
             except DBAPIError:
                 log.exception("the database does not answer; job %s begins again when it does", job_id)
                 self._give_back(job_id)
@@ -263,6 +272,8 @@ class Worker:
                 cloud=self._artifacts.upload(job_id, row.format),
                 name=row.name,
                 folder=self._artifacts.fit(job_id, attempt.number),
+                job_id=job_id,
+                request_id=row.request_id,
                 options=options,
                 max_points=self._settings.max_points,
                 device=self._settings.device,
@@ -284,6 +295,8 @@ class Worker:
             return child.MeshTask(
                 field_folder=self._artifacts.fit(job_id, fitted),
                 folder=self._artifacts.mesh(job_id, attempt.number),
+                job_id=job_id,
+                request_id=row.request_id,
                 options=options,
                 preset=row.preset,
                 device=self._settings.device,
@@ -309,16 +322,18 @@ class Worker:
                 return None
             asked = task(held.attempt)
             asked.folder.mkdir(parents=True, exist_ok=True)
-            turn = self._take_turn(_Turn(row=row, held=held, task=asked, alone=alone))
-            if turn.end is End.DONE and done(held.attempt, turn.outcome):
+            log.log(STEP, "attempt %d, %s: begins", held.attempt.number, asked.step)
+            end, outcome = self._take_turn(_Turn(row=row, held=held, task=asked, alone=alone))
+            log.log(STEP, "attempt %d, %s: %s", held.attempt.number, asked.step, end.name.lower())
+            if end is End.DONE and done(held.attempt, outcome):
                 return held.attempt
-            if turn.end is End.FAILED:
-                self._fail(held.attempt, problem(turn.outcome.problem, turn.outcome.detail))
+            if end is End.FAILED:
+                self._fail(held.attempt, problem(outcome.problem, outcome.detail))
             self._stay_if_leaving()
             shutil.rmtree(asked.folder, ignore_errors=True)
             with self._beginning:
                 self._held.pop(row.id, None)
-            if turn.end is not End.DIED:
+            if end is not End.DIED:
                 return None
             alone = True  # it may have been this one's fault
 
@@ -346,7 +361,7 @@ class Worker:
         if self._leaving.is_set():
             threading.Event().wait()  # the process ends in a moment
 
-    def _take_turn(self, turn: _Turn) -> _Turn:
+    def _take_turn(self, turn: _Turn) -> tuple[End, child.Outcome]:
         """Wait for the child to be free, and have it do the task, if nobody else's turn has taken it along."""
         self._waiting.append(turn)
         if self._settings.batch > 1 and turn.goes_with(turn):
@@ -366,7 +381,7 @@ class Worker:
                         one.error = error if one.end is None else None
         if turn.error is not None:
             raise turn.error
-        return turn
+        return turn.end or End.DIED, turn.outcome
 
     def _compute(self, turns: list[_Turn]) -> None:
         """Have the child do some tasks, and watch over them: each turn then says how it ended."""
@@ -501,7 +516,8 @@ class Worker:
         """Say that this worker is alive; end the process when it has been taken for dead."""
         while True:
             try:
-                alive = self._store.beat(self._id)
+                figures, self._figures = self._figures, None
+                alive = self._store.beat(self._id, figures)
             except Exception:
                 log.exception("the database does not answer")
                 alive = True  # the lease runs on by the database's own clock
@@ -509,6 +525,12 @@ class Worker:
                 log.warning("worker %s was taken for dead, and ends", self._id)
                 self._abandon()
             time.sleep(self._settings.beat_seconds)
+
+    def _keep_measuring(self) -> None:
+        """Look at the GPU from time to time: the next beat tells the store."""
+        while (figures := gpu_figures()) is not None:
+            self._figures = figures
+            time.sleep(FIGURES_SECONDS)
 
     def _abandon(self) -> None:
         """End at once: the job is another's by now, and what is left here of it will be swept."""

@@ -11,7 +11,14 @@ from sdfserver.schemas import JobOptions
 from sdfserver.server import child
 
 TASK = child.FitTask(
-    cloud=Path("cloud.ply"), name="mine.ply", folder=Path("folder"), options=JobOptions(), max_points=10, device="cpu"
+    cloud=Path("cloud.ply"),
+    name="mine.ply",
+    folder=Path("folder"),
+    job_id="j",
+    request_id=None,
+    options=JobOptions(),
+    max_points=10,
+    device="cpu",
 )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sdfserver.server import supervisor
-from sdfserver.server.gpus import visible_gpus
+from sdfserver.server.gpus import gpu_figures, visible_gpus
 from sdfserver.server.settings import Settings
 from sdfserver.server.store import Store
 from sdfserver.server.supervisor import Supervisor, gpus_of, with_workers
@@ -18,7 +18,13 @@ from sdfserver.server.supervisor import Supervisor, gpus_of, with_workers
 def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A host with two GPUs."""
     tool = tmp_path / "nvidia-smi"
-    tool.write_text('#!/bin/sh\n[ "$1" = --query-gpu=uuid ] && printf "GPU-aa\\nGPU-bb\\n"\n')
+    tool.write_text(
+        "#!/bin/sh\n"
+        'case "$1" in\n'
+        '--query-gpu=uuid) printf "GPU-aa\\nGPU-bb\\n" ;;\n'
+        '*) printf "GPU-aa, 0, 100, 81559, 7\\nGPU-bb, 1, 2048, 81559, [N/A]\\n" ;;\n'
+        "esac\n"
+    )
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -42,6 +48,19 @@ def test_all_are_seen_unless_the_environment_names_some(monkeypatch: pytest.Monk
 def test_a_driver_that_fails_is_none(driver: Path) -> None:
     driver.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'\nexit 9\n")
     assert visible_gpus() == []
+
+
+@pytest.mark.usefixtures("driver")
+def test_figures_are_those_of_the_gpu_that_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = gpu_figures()
+    assert first == pytest.approx({"memory_used_bytes": 100 * 2**20, "memory_bytes": 81559 * 2**20, "busy": 0.07})
+    for name in ("1", "GPU-bb"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", name)
+        found = gpu_figures()
+        assert found is not None
+        assert (found["memory_used_bytes"], found["busy"]) == (2**31, 0.0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    assert gpu_figures() is None
 
 
 @pytest.mark.usefixtures("driver")
