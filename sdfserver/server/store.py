@@ -22,6 +22,15 @@ from sdfserver.schemas import JobKind, JobState
 from sdfserver.server.artifacts import Kept
 from sdfserver.server.migrations import migrate
 
+_PATIENCE = {
+    "connect_timeout": 10,
+    "keepalives_idle": 5,
+    "keepalives_interval": 3,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 15_000,
+}
+"""How long, in seconds and milliseconds, PostgreSQL may stay silent before a connection is given up: without it a cut
+cable would hold a query for a quarter of an hour."""
 STAGE_BUCKETS = (0.1, 0.5, 1, 2, 5, 10, 20, 60, 300, 1800)
 """Upper bounds, in seconds, of the buckets in which stages of jobs are counted."""
 TYPICAL_OF = 10
@@ -189,7 +198,9 @@ class Store:
             self._reader = _sqlite_engine(url, "BEGIN")
             self.now: sa.ColumnElement[float] = sa.literal_column("(julianday('now') - 2440587.5) * 86400.0", sa.Float)
         else:
-            self.engine = self._reader = sa.create_engine(url, pool_size=10, max_overflow=20, pool_pre_ping=True)
+            self.engine = self._reader = sa.create_engine(
+                url, pool_size=10, max_overflow=20, pool_pre_ping=True, connect_args=_PATIENCE
+            )
             self.now = sa.literal_column("extract(epoch from clock_timestamp())::float8", sa.Float)
 
     def create_tables(self) -> tuple[str | None, str]:

@@ -45,8 +45,9 @@ T = TypeVar("T")
 
 LOOK_SECONDS = 0.1
 """How often a running job is looked at: whether it was cancelled, its time, its memory."""
-STORE_SECONDS = 1.0
-"""Progress reaches the store at most this often."""
+STORE_SECONDS, STORE_SHARE = 1.0, 0.08
+"""Progress reaches the store at most this often, and when it is this much more of the job, or something else than more
+of the same: the writes of a job do not grow with its length."""
 ASK_SECONDS, TERMINATE_SECONDS = 0.4, 0.2
 """How long a child may take to stop by itself, and then to end on SIGTERM. Together well under a second."""
 STARTING_SECONDS = 120.0
@@ -619,13 +620,22 @@ class _Watched:
         self.turn, self.standing = turn, _Standing(turn.row, turn.task, typical)
         self.latest: Progress | None = None
         self._stored_at = 0.0
+        self._stored: dict[str, Any] = {}
 
     def tell(self, store: Store) -> None:
         """Tell the store of the latest progress, if it is time to."""
         now = time.monotonic()
-        if self.latest is not None and now - self._stored_at >= STORE_SECONDS:
-            store.update(self.turn.held.attempt, **self.standing.columns(self.latest))
-            self.latest, self._stored_at = None, now
+        if self.latest is None or now - self._stored_at < STORE_SECONDS:
+            return
+        columns = self.standing.columns(self.latest)
+        # Of steps the first is news.
+        news = any(columns[name] != self._stored.get(name) for name in ("stage", "preview")) or (
+            columns.keys() != self._stored.keys()
+        )
+        if news or columns["progress"] >= self._stored["progress"] + STORE_SHARE:
+            store.update(self.turn.held.attempt, **columns)
+            self._stored_at, self._stored = now, columns
+        self.latest = None
 
 
 def _processors() -> int:

@@ -7,7 +7,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -49,8 +49,8 @@ class Host:
         chosen = {"data_dir": self.data, "device": "cpu", "port": self.port, "sweep_seconds": 0.5, "min_free_bytes": 0}
         if database_url is not None:
             chosen["database_url"] = database_url
-        self._environment = {name: value for name, value in os.environ.items() if not name.startswith("SDFSERVER_")}
-        self._environment |= _variables(chosen | settings) | {"PYTHONPATH": QUICK}
+        self.environment = {name: value for name, value in os.environ.items() if not name.startswith("SDFSERVER_")}
+        self.environment |= _variables(chosen | settings) | {"PYTHONPATH": QUICK}
         sqlite = f"sqlite:///{self.data / 'sdfserver.sqlite3'}"
         self.database = (database_url or sqlite).replace("postgresql://", "postgresql+psycopg://")
         self.client = Client(f"http://127.0.0.1:{self.port}", timeout_s=PATIENCE_S, retry_s=PATIENCE_S)
@@ -60,12 +60,12 @@ class Host:
 
     # Processes
 
-    def start(self, command: str, **settings: Any) -> psutil.Process:
-        """`sdfserver COMMAND`, whether it is up yet or not."""
+    def start(self, command: str, *, prefix: Sequence[str] = (), **settings: Any) -> psutil.Process:
+        """`sdfserver COMMAND`, whether it is up yet or not; after `prefix`, which runs a command somewhere."""
         with self.log.open("ab") as stream:
             started = subprocess.Popen(
-                [sys.executable, "-m", "sdfserver", command],
-                env=self._environment | _variables(settings),
+                [*prefix, sys.executable, "-m", "sdfserver", command],
+                env=self.environment | _variables(settings),
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=stream,
