@@ -12,7 +12,7 @@ whatever device it is fitted.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ from sdfserver.losses import (
 )
 from sdfserver.sampling import Samples, SpacePool
 from sdfserver.siren import Siren, back, there, there_by_value
-from sdfserver.stack import stacked, unstacked
+from sdfserver.stack import Adam, stacked, unstacked
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +100,7 @@ class Descent:
         self._device = device = tasks[0].samples.points.device
         self._stack = stacked([task.model for task in tasks])
         self._rate = torch.tensor(config.learning_rate, device=device)
-        self._optimizer = self._stack.adam(self._rate, config.beta2)
+        self._optimizer = Adam(self._stack, self._rate, config.beta2)
         self._batches = Batches([task.samples for task in tasks], config, most_at_once)
         self._held = HeldOut([task.samples for task in tasks])
         self._rates = torch.zeros(most_at_once, device=device)
@@ -113,7 +113,7 @@ class Descent:
         }
         self._look = Captured(self._look_at_held, device)
         self._given: Given | None = None
-        self._saved = tuple(torch.empty_like(self._stack.values.detach()) for _ in range(3))
+        self._saved = tuple(torch.empty_like(self._stack.values) for _ in range(3))
         self._saved_steps = [0] * len(tasks)
         self.save()
 
@@ -187,46 +187,47 @@ class Descent:
 
     def save(self, some: Sequence[int] | None = None) -> None:
         """Keep the state of `some` tasks, or of all, to come back to."""
-        for saved, now in zip(self._saved, self._state(), strict=True):
-            if some is None or len(some) == len(self.tasks):
+        whole = some is None or len(some) == len(self.tasks)
+        rows = range(len(self.tasks)) if some is None else some
+        for saved, now in zip(self._saved, (self._stack.values, *self._optimizer.moments), strict=True):
+            if whole:
                 saved.copy_(now)
-                continue
-            for kept, parameter in zip(self._stack.parted(saved), self._stack.parted(now), strict=True):
-                kept[some] = parameter[some]
-        for i in range(len(self.tasks)) if some is None else some:
+            elif rows:
+                for kept, parameter in zip(self._stack.parted(saved), self._stack.parted(now), strict=True):
+                    kept[rows] = parameter[rows]
+        for i in rows:
             self._saved_steps[i] = self.step
-
-    def _state(self) -> tuple[Tensor, ...]:
-        """The parameters and the optimiser's moments, all (p,)."""
-        values = self._stack.values.detach()
-        state = self._optimizer.state[self._stack.values]
-        nothing = values.new_zeros(()).expand(len(values))
-        return values, state.get("exp_avg", nothing), state.get("exp_avg_sq", nothing)
 
     def alone(self, i: int, *, rate: float) -> "Descent":
         """The fit of task i by itself, from where it was saved, at `rate` times its rate."""
-        task = self.tasks[i]
         values, *moments = self._saved
         self._leave(values, [i])
         other = Descent(
-            [task], self.config, low_precision_steps=self._low_precision_steps, most_at_once=self._batches.room
+            [self.tasks[i]],
+            self.config,
+            low_precision_steps=self._low_precision_steps,
+            most_at_once=self._batches.room,
         )
         other.step, other.rate = self._saved_steps[i], self.rate * rate
-        names = "exp_avg", "exp_avg_sq"
-        parts = [torch.cat([p[i if self._many else ...].flatten() for p in self._stack.parted(m)]) for m in moments]
-        state = {"step": torch.tensor(float(other.step), device=self._device)}
-        other._optimizer.state[other._stack.values] = state | dict(zip(names, parts, strict=True))
+        row: Any = i if self._many else ...
+        parts = [torch.cat([part[row].flatten() for part in self._stack.parted(moment)]) for moment in moments]
+        other._optimizer.begin(parts, other.step)
         other.save()
         return other
 
     def leave(self) -> None:
         """Leave the parameters, as they are, in the tasks' models."""
-        self._leave(self._stack.values.detach(), range(len(self.tasks)))
+        self._leave(self._stack.values, range(len(self.tasks)))
 
     def _leave(self, values: Tensor, some: Sequence[int]) -> None:
         tensors = self._stack.parted(values)
         for i in some:
             unstacked([tensor[i] for tensor in tensors] if self._many else tensors, self.tasks[i].model)
+
+    def close(self) -> None:
+        """Let go of what was recorded, and of its memory; nothing can be done after that but `alone`."""
+        self._takes.clear()
+        del self._look
 
 
 class _Slopes:

@@ -2,11 +2,13 @@
 
 import gc
 import logging
-from collections.abc import Callable
-from functools import partial
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Generic, TypeVar
 
 import torch
+from torch import Tensor
 
 T = TypeVar("T")
 Item = TypeVar("Item")
@@ -20,8 +22,8 @@ class Captured(Generic[T]):
     Launching a kernel takes the host longer than most kernels of a fit take the device. A recorded step (a CUDA graph)
     is launched as a whole. What it reads and writes must stay where it is, and it must not wait for the device.
 
-    The first call runs it as it is, too: libraries and an optimiser make their buffers then. Calling gives what the
-    work returned; from a recorded one these are always the same tensors, with the values of the latest call.
+    The first call runs it as it is, too: libraries make their buffers then. Calling gives what the work returned; from
+    a recorded one these are always the same tensors, with the values of the latest call.
     """
 
     def __init__(self, work: Callable[[], T], device: torch.device) -> None:
@@ -35,30 +37,73 @@ class Captured(Generic[T]):
         if self._device.type != "cuda":
             return self._work()
         if not self._ran:
-            self._ran, self._given = True, self._beside(self._work)
+            with _beside(self._device):
+                self._given = self._work()
+            self._ran = True
             return self._given
         if self._graph is None:
-            self._graph = torch.cuda.CUDAGraph()
-            self._given = self._beside(partial(self._record, self._graph))
+            self._graph = self._recorded()
         self._graph.replay()
         return self._given
 
-    def _beside(self, work: Callable[[], T]) -> T:
-        """Nothing can be recorded on the stream that everything else runs on."""
-        current, beside = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        beside.wait_stream(current)
-        with torch.cuda.stream(beside):
-            given = work()
-        current.wait_stream(beside)
-        return given
-
-    def _record(self, graph: torch.cuda.CUDAGraph) -> T:
-        # What other threads of the process ask of the device meanwhile is no fault of this one's.
-        graph.capture_begin(capture_error_mode="thread_local")
+    def _recorded(self) -> torch.cuda.CUDAGraph:
         try:
-            return self._work()
+            return self._record()
+        except torch.OutOfMemoryError:
+            pass
+        # While it records, PyTorch gives back nothing of what it keeps: that has to be done before.
+        free_device_memory()
+        return self._record()
+
+    def _record(self) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        collecting = gc.isenabled()
+        gc.disable()  # an old graph that is collected in the middle of a recording spoils it
+        try:
+            with _beside(self._device):
+                # What other threads of the process ask of the device meanwhile is no fault of this one's.
+                graph.capture_begin(capture_error_mode="thread_local")
+                try:
+                    self._given = self._work()
+                except BaseException:
+                    with suppress(RuntimeError):
+                        graph.capture_end()
+                    raise
+                graph.capture_end()
         finally:
-            graph.capture_end()
+            if collecting:
+                gc.enable()
+        return graph
+
+
+@contextmanager
+def _beside(device: torch.device) -> Iterator[None]:
+    """On a stream of this thread's own: nothing can be recorded on the one that everything else runs on.
+
+    It is one stream for all work: libraries keep a workspace for each that they have seen.
+    """
+    streams = _local.__dict__.setdefault("streams", {})
+    if device not in streams:
+        streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    beside, current = streams[device], torch.cuda.current_stream(device)
+    beside.wait_stream(current)
+    with torch.cuda.stream(beside):
+        yield
+    current.wait_stream(beside)
+
+
+_local = threading.local()
+
+
+def sums(values: Tensor, owner: Tensor, n: int, *, ascending: bool = False) -> Tensor:
+    """The sums (n, c) of values (p, c) by owner (p,), always added in the same order, on whatever device."""
+    if values.device.type == "cpu":
+        return values.new_zeros((n, values.shape[1])).index_add_(0, owner, values)
+    if not ascending:
+        owner, order = owner.sort(stable=True)
+        values = values[order]
+    lengths = torch.bincount(owner, minlength=n)
+    return torch.segment_reduce(values, "sum", lengths=lengths, axis=0, initial=0)
 
 
 def in_halves(work: Callable[[list[Item]], T], items: list[Item]) -> list[T]:
@@ -83,3 +128,9 @@ def free_device_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def without_trace(error: Exception) -> Exception:
+    """The error to be kept: its trace would keep all that was computed where it was raised."""
+    error.__context__ = error.__cause__ = None
+    return error.with_traceback(None)

@@ -17,7 +17,7 @@ import torch
 from sdfserver.cloud import PointCloud
 from sdfserver.config import FitConfig, LocalConfig, NetworkConfig
 from sdfserver.descent import Descent, Task
-from sdfserver.device import in_halves
+from sdfserver.device import free_device_memory, in_halves, without_trace
 from sdfserver.errors import DivergenceError, SdfServerError, Stopped
 from sdfserver.guard import HOPELESS_WRONG_SIGNS, Health, health_of
 from sdfserver.local import PartitionOfUnity
@@ -73,7 +73,8 @@ class FitReport:
 
 
 Fitted = tuple[Siren | PartitionOfUnity, FitReport]
-Failure = SdfServerError | MemoryError | torch.OutOfMemoryError
+Failure = Exception
+"""An SdfServerError, or that the memory did not suffice: MemoryError, torch.OutOfMemoryError."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -154,8 +155,11 @@ def fit_together(
                 legs[i] = fits[i].throw(answer) if isinstance(answer, Exception) else fits[i].send(answer)
             except StopIteration as end:
                 ended[i] = end.value
-            except (SdfServerError, MemoryError, torch.OutOfMemoryError) as error:
+            except SdfServerError as error:
                 ended[i] = error
+            except (MemoryError, torch.OutOfMemoryError) as error:
+                ended[i] = without_trace(error)
+                free_device_memory()
         answers = {}
         for config_of_leg in {leg.config: None for leg in legs.values()}:
             answers |= _down({i: leg for i, leg in legs.items() if leg.config == config_of_leg})
@@ -169,6 +173,8 @@ class _Leg:
     task: Task
     config: FitConfig
     on_check: Callable[[int, dict[str, float]], None]
+    shown: bool
+    """Whether somebody looks at the network whenever the fit is looked at."""
     should_stop: Callable[[], bool]
 
 
@@ -206,7 +212,9 @@ def _fit_of(
     for leg in legs:
         tell.begin(leg.steps)
         try:
-            descended = yield _Leg(task=task, config=leg, on_check=tell.step, should_stop=should_stop)
+            descended = yield _Leg(
+                task=task, config=leg, on_check=tell.step, shown=job.on_network is not None, should_stop=should_stop
+            )
         except DivergenceError as error:
             raise DivergenceError(f"{error}; {_advice(job.cloud_unit)}") from None
         health = descended.health
@@ -317,7 +325,7 @@ def _down(legs: dict[int, _Leg]) -> Answers:
         except torch.OutOfMemoryError as error:
             if len(some) > 1:
                 raise
-            return {some[0]: error}
+            return {some[0]: without_trace(error)}
 
     return {i: answer for part in in_halves(attempt, list(legs)) for i, answer in part.items()}
 
@@ -334,10 +342,12 @@ def _descend(legs: Sequence[_Leg]) -> list[Descended | SdfServerError]:
         most_at_once=min(every, config.steps),
     )
     ended = _follow(descent, legs, every)
+    descent.close()
     for i, leg in enumerate(legs):
         if isinstance(fault := ended[i], _Fault):
             again = descent.alone(i, rate=0.5)
             (end,) = _follow(again, [leg], every)
+            again.close()
             if isinstance(end, _Fault):
                 ended[i] = DivergenceError(
                     f"the fit diverged {fault}; and after a restart at half the learning rate again {end.at(config)}"
@@ -385,7 +395,8 @@ def _look(descent: Descent, legs: Sequence[_Leg], ended: dict[int, Descended | _
     config, good = descent.config, []
     last = descent.step == config.steps
     looks = descent.look()
-    descent.leave()
+    if last or any(leg.shown for leg in legs):
+        descent.leave()
     for i, (leg, (terms, health)) in enumerate(zip(legs, looks, strict=True)):
         if i in ended:
             continue

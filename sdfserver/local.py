@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from sdfserver.config import LocalNetworkConfig, NetworkConfig
+from sdfserver.device import sums
 from sdfserver.siren import Siren, layers_of, uniform, value_and_gradient
 
 BLOCK = 64
@@ -153,7 +154,7 @@ class LocalLevel(nn.Module):
         points, networks, u = self._pairs(x)
         (f,) = in_blocks(lambda u, rows: (self.sirens(u, rows),), u, networks)
         w, _ = self.grid.weights(u)
-        total, value = _sums(points, torch.stack([w, w * f * self.grid.half], dim=1), len(x)).unbind(1)
+        total, value = sums(torch.stack([w, w * f * self.grid.half], dim=1), points, len(x)).unbind(1)
         return total, value
 
     def value_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -163,8 +164,8 @@ class LocalLevel(nn.Module):
         f = f * self.grid.half
         w, dw = self.grid.weights(u)
         terms = [w[:, None], dw, (w * f)[:, None], w[:, None] * g + f[:, None] * dw]
-        sums = _sums(points, torch.cat(terms, dim=1), len(x))
-        total, slope, value, gradient = torch.split(sums, [1, 3, 1, 3], dim=1)
+        parts = sums(torch.cat(terms, dim=1), points, len(x))
+        total, slope, value, gradient = torch.split(parts, [1, 3, 1, 3], dim=1)
         return total[:, 0], slope, value[:, 0], gradient
 
     def _pairs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -192,11 +193,6 @@ def in_blocks(
     owners = each.repeat_interleave(blocks)
     packed = u.new_zeros((len(owners) * BLOCK, 3)).index_copy_(0, places, u).view(len(owners), BLOCK, 3)
     return tuple(values.flatten(0, 1)[places] for values in function(packed, owners))
-
-
-def _sums(rows: Tensor, values: Tensor, n: int) -> Tensor:
-    """The sums (n, c) of values (p, c) by rows (p,)."""
-    return values.new_zeros((n, values.shape[1])).index_add_(0, rows, values)
 
 
 class PartitionOfUnity(nn.Module):

@@ -398,8 +398,9 @@ def _genus(
     n = int(label.max()) + 1
     part_of_edge = np.zeros(len(sound), np.int64)
     part_of_edge[edge] = np.repeat(label, 3)
-    _, first = np.unique(faces.ravel(), return_index=True)
-    vertices = np.bincount(np.repeat(label, 3)[first], minlength=n)
+    part_of_vertex = np.full(int(faces.max()) + 1, -1)
+    part_of_vertex[faces] = label[:, None]
+    vertices = np.bincount(part_of_vertex[part_of_vertex >= 0], minlength=n)
     edges = np.bincount(part_of_edge, minlength=n)
     closed = np.bincount(part_of_edge, ~sound, minlength=n) == 0
     euler = vertices - edges + np.bincount(label, minlength=n)

@@ -104,7 +104,10 @@ class BlockedPoints:
             squared.addcmul_(offset, offset)
         missing = self._missing.view(-1, BLOCK)[blocks].flatten(1)
         squared.masked_fill_(missing[:, None], torch.inf)
-        nearest, place = squared.topk(k, dim=2, largest=False)
+        if k == 1:  # far quicker than the general case
+            nearest, place = squared.min(dim=2, keepdim=True)
+        else:
+            nearest, place = squared.topk(k, dim=2, largest=False)
         rows = self._rows[blocks].flatten(1)
         return nearest.sqrt(), rows.gather(1, place.flatten(1)).view_as(place)
 

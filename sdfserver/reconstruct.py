@@ -16,6 +16,7 @@ import torch
 import sdfserver
 from sdfserver.cloud import Frame, PointCloud, drop_strays, validate
 from sdfserver.config import PRESETS, FitConfig, LocalConfig, MeshConfig, NetworkConfig, preset_named
+from sdfserver.device import without_trace
 from sdfserver.errors import DeviceError, NoSurfaceError, SdfServerError
 from sdfserver.extract import ExtractedSurface, extract
 from sdfserver.field import SignedDistanceField
@@ -238,8 +239,10 @@ def fit_fields(
     for i, job in enumerate(jobs):
         try:
             ready[i] = _prepared(job, torch_device)
-        except (SdfServerError, MemoryError, torch.OutOfMemoryError) as error:
+        except SdfServerError as error:
             found[i] = error
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            found[i] = without_trace(error)
     with ExitStack() as running:
         for prepared in ready.values():
             running.enter_context(prepared.clock.running("fit"))

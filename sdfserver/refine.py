@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from sdfserver.config import LocalConfig, LossWeights
-from sdfserver.device import Captured, in_halves
+from sdfserver.device import Captured, in_halves, sums
 from sdfserver.errors import FieldFormatError, Stopped
 from sdfserver.files import reason
 from sdfserver.local import CellGrid, LocalLevel, LocalSirens, PartitionOfUnity, in_blocks
@@ -35,7 +35,7 @@ from sdfserver.losses import (
 )
 from sdfserver.sampling import Samples
 from sdfserver.siren import Siren, back, there
-from sdfserver.stack import stacked_locally, unstacked_locally
+from sdfserver.stack import Adam, stacked_locally, unstacked_locally
 
 GROUP = 192
 """Networks that are fitted together on a CPU, where their activations then stay in cache."""
@@ -301,7 +301,7 @@ def plan_cells(
         grid = CellGrid(side, config.network.margin)
         home = ((points + 1) / grid.width).floor().long().clamp(0, side - 1)
         numbers, owner, counts = torch.unique(grid.numbers(home), return_inverse=True, return_counts=True)
-        mean = surplus.new_zeros(len(numbers)).index_add_(0, owner, surplus) / counts
+        mean = sums(surplus[:, None], owner, len(numbers))[:, 0] / counts
         split = (mean > 0.5) & (side * 2 <= config.finest_side)
         if not split.all():
             leaves.append((grid, grid.cells(numbers[~split])))
@@ -404,6 +404,7 @@ def _fit_cells(
                 break
             last_cost = cost
     fits.leave()
+    fits.close()
     fitted_to = config.pool - config.pool // 4
     after = misfit()
     with torch.no_grad():
@@ -447,10 +448,14 @@ class _CellFits:
         self._rates = torch.tensor([config.rate(step) for step in range(config.steps)], device=device)
         self._step = torch.zeros(1, dtype=torch.int64, device=device)
         self._rate = self._rates[0].clone()
-        self._optimizer = self._stack.adam(self._rate, config.beta2)
+        self._optimizer = Adam(self._stack, self._rate, config.beta2)
         self._width = self._rate.new_tensor(NO_WIDTH)
-        self.take = Captured(self._take, device)
-        """Takes one step."""
+        self._captured: Captured[None] | None = Captured(self._take, device)
+
+    def take(self) -> None:
+        """One step."""
+        if self._captured is not None:
+            self._captured()
 
     @torch.no_grad()
     def _take(self) -> None:
@@ -481,6 +486,10 @@ class _CellFits:
     def leave(self) -> None:
         """Leave the parameters, as they are, in the networks."""
         unstacked_locally(self._stack, self._sirens)
+
+    def close(self) -> None:
+        """Let go of what was recorded, and of its memory: the last of what is done."""
+        self._captured = None
 
 
 def _start_as_planes(sirens: LocalSirens, space: Tensor, target: Tensor) -> None:
@@ -548,7 +557,7 @@ def _joined(verdicts: Sequence[_Verdict]) -> _Verdict:
 def _means(values: Tensor, owner: Tensor) -> Tensor:
     """Means of values (p, c) over what has the same owner (p,), ascending, none missing."""
     count = torch.bincount(owner)
-    return values.new_zeros((len(count), values.shape[1])).index_add_(0, owner, values) / count[:, None]
+    return sums(values, owner, len(count), ascending=True) / count[:, None]
 
 
 def _ranges(start: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:

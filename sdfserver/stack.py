@@ -18,7 +18,7 @@ from sdfserver.siren import Siren
 class Stack:
     """Tensors of parameters, each as a view of one array.
 
-    values: (p,) all parameters; their derivatives are in `values.grad`, and by tensor in `derivatives`.
+    values: (p,) all parameters; grad: (p,) their derivatives, which are by tensor in `derivatives`.
     """
 
     def __init__(self, tensors: Sequence[Tensor], factors: Sequence[Tensor | float]) -> None:
@@ -26,20 +26,20 @@ class Stack:
         self._shapes = [tensor.shape for tensor in tensors]
         ends = accumulate((math.prod(shape) for shape in self._shapes), initial=0)
         self._places = [slice(start, end) for start, end in pairwise(ends)]
-        self.values = torch.cat([tensor.detach().flatten() for tensor in tensors]).requires_grad_()
-        self.values.grad = torch.zeros_like(self.values)
+        self.values = torch.cat([tensor.detach().flatten() for tensor in tensors])
+        self.grad = torch.zeros_like(self.values)
         scaled = [torch.ones_like(tensor) * factor for tensor, factor in zip(tensors, factors, strict=True)]
         self._factors = torch.cat([tensor.detach().flatten() for tensor in scaled])
-        self._derivatives: dict[torch.dtype, Tensor] = {self.values.dtype: self.values.grad}
+        self._derivatives: dict[torch.dtype, Tensor] = {self.values.dtype: self.grad}
 
     @property
     def tensors(self) -> list[Tensor]:
         """The parameters as they were given."""
-        return self.parted(self.values.detach())
+        return self.parted(self.values)
 
     def layers(self, dtype: torch.dtype) -> list[Tensor]:
         """The parameters times their factors, in `dtype`."""
-        return self.parted((self.values.detach() * self._factors).to(dtype))
+        return self.parted((self.values * self._factors).to(dtype))
 
     def derivatives(self, dtype: torch.dtype) -> list[Tensor]:
         """Where derivatives with respect to `layers` are to be written; `collect` then makes them the parameters'."""
@@ -49,17 +49,51 @@ class Stack:
 
     def collect(self, dtype: torch.dtype) -> None:
         """Derivatives with respect to `layers`, in `dtype`, become those with respect to the parameters."""
-        grad = self._derivatives[self.values.dtype]
-        torch.mul(self._derivatives[dtype], self._factors, out=grad)
-
-    def adam(self, rate: Tensor, beta2: float) -> torch.optim.Adam:
-        """An optimiser of the parameters; `rate` is a tensor on their device, so that a recorded step can change it."""
-        recorded = rate.device.type == "cuda"
-        return torch.optim.Adam([self.values], lr=rate, betas=(0.9, beta2), fused=True, capturable=recorded)
+        torch.mul(self._derivatives[dtype], self._factors, out=self.grad)
 
     def parted(self, values: Tensor) -> list[Tensor]:
         """Values (p,) that belong to the parameters one by one, as views in the shapes of these."""
         return [values[place].view(shape) for place, shape in zip(self._places, self._shapes, strict=True)]
+
+
+class Adam:
+    """Adam (Kingma and Ba 2015) on a stack, as PyTorch's fused operation, which is private to it.
+
+    Its own optimisers do the same, but importing what they bring takes as long as importing torch. `rate` is a tensor
+    on the parameters' device, so that a recorded step can change it. moments: (p,) each.
+    """
+
+    def __init__(self, stack: Stack, rate: Tensor, beta2: float) -> None:
+        self._stack, self._rate, self._beta2 = stack, rate, beta2
+        self.moments = torch.zeros_like(stack.values), torch.zeros_like(stack.values)
+        self._steps = torch.zeros((), device=rate.device)
+
+    def begin(self, moments: Sequence[Tensor], steps: int) -> None:
+        """Go on from the moments (p,) that there were after so many steps."""
+        for own, given in zip(self.moments, moments, strict=True):
+            own.copy_(given)
+        self._steps.fill_(steps)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One step along the stack's derivatives."""
+        self._steps += 1
+        mean, square = self.moments
+        torch._fused_adam_(
+            [self._stack.values],
+            [self._stack.grad],
+            [mean],
+            [square],
+            [],
+            [self._steps],
+            lr=self._rate,
+            beta1=0.9,
+            beta2=self._beta2,
+            weight_decay=0.0,
+            eps=1e-8,
+            amsgrad=False,
+            maximize=False,
+        )
 
 
 def stacked(sirens: Sequence[Siren]) -> Stack:

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sdfserver.device import sums
 from sdfserver.neighbours import Neighbours, along_a_curve, morton, neighbours_of
 
 AREA_NEIGHBOURS = 12
@@ -78,13 +79,13 @@ class DipoleTree:
             first = torch.searchsorted(next_start, start)
             sizes = _lengths(start, len(points))
             owner = torch.arange(len(start), device=points.device).repeat_interleave(sizes)
-            total = _sums(weights, owner, len(start))
-            centres = _sums(weights * points, owner, len(start)) / total
+            total = sums(weights, owner, len(start), ascending=True)
+            centres = sums(weights * points, owner, len(start), ascending=True) / total
             away = (points - centres[owner]).norm(dim=1)
             self.levels.append(
                 Dipoles(
                     points=centres.float(),
-                    vectors=_sums(vectors, owner, len(start)).float(),
+                    vectors=sums(vectors, owner, len(start), ascending=True).float(),
                     radii=away.new_zeros(len(start)).scatter_reduce_(0, owner, away, "amax").float(),
                     first=first,
                     count=_lengths(first, len(next_start)),
@@ -104,11 +105,6 @@ def _starts(codes: Tensor) -> Tensor:
 def _lengths(start: Tensor, end: int) -> Tensor:
     """How long each of the ranges is that begin at `start`, the last of which ends at `end`."""
     return start.diff(append=start.new_tensor([end]))
-
-
-def _sums(values: Tensor, owner: Tensor, n: int) -> Tensor:
-    """The sums (n, c) of values (p, c) by owner (p,)."""
-    return values.new_zeros((n, values.shape[1])).index_add_(0, owner, values)
 
 
 def point_areas(points: NDArray[np.float64], among: Neighbours) -> NDArray[np.float64]:
@@ -171,7 +167,11 @@ def _add(w: Tensor, axes: list[Tensor], owner: Tensor, dipoles: Dipoles, node: T
         inverse = squared.clamp_min_(1e-10).rsqrt_()
         a, b, c = (v[:, None] for v in dipoles.vectors[i].unbind(1))
         flux = offsets[0].mul_(a).addcmul_(offsets[1], b).addcmul_(offsets[2], c)
-        w.index_add_(0, g, flux.mul_(inverse).mul_(inverse).mul_(inverse), alpha=1 / (4 * math.pi))
+        flux.mul_(inverse).mul_(inverse).mul_(inverse).mul_(1 / (4 * math.pi))
+        if w.device.type == "cpu":
+            w.index_add_(0, g, flux)  # as `sums`, without an array of all groups for each part
+        else:
+            w += sums(flux, g, len(w), ascending=True)
 
 
 def _chunks(pairs: int, device: torch.device) -> Iterator[slice]:

@@ -20,6 +20,7 @@ from sdfserver.fit import FitProgress, FitReport, fit
 from sdfserver.guard import Health, HeldOut, healths
 from sdfserver.sampling import draw_samples
 from sdfserver.siren import Siren
+from sdfserver.stack import Adam
 
 NETWORK = NetworkConfig(hidden=64, layers=3, omega=10.0)
 SHARP = NetworkConfig(hidden=128, layers=3)
@@ -141,14 +142,14 @@ def test_the_fit_goes_back_to_its_last_good_state_once_and_halves_the_rate(monke
         ((terms, found),) = look(self)
         return [(terms, replace(found, wrong_signs=0.5) if len(checks) == 7 else found)]
 
-    step = torch.optim.Adam.step
+    step = Adam.step
 
-    def recorded(self: torch.optim.Adam, *args: object) -> object:
-        rates.append(float(self.param_groups[0]["lr"]))
-        return step(self, *args)  # type: ignore[arg-type]
+    def recorded(self: Adam) -> None:
+        rates.append(float(self._rate))
+        step(self)
 
     monkeypatch.setattr(Descent, "look", one_fault)
-    monkeypatch.setattr(torch.optim.Adam, "step", recorded)
+    monkeypatch.setattr(Adam, "step", recorded)
     _, report = run(sphere(1000))
     assert len(report.restarts) == 1
     assert report.restarts[0].startswith("at step 175: 50.0% of the trusted signs")
