@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psycopg
 import pytest
 
 USER = "postgres"
@@ -18,10 +19,10 @@ USER = "postgres"
 
 
 class Cluster:
-    """A server with one database."""
+    """A server, and the database of it that is in use."""
 
     def __init__(self, folder: Path, binaries: Path) -> None:
-        self._folder, self._binaries = folder, binaries
+        self._folder, self._binaries, self._database = folder, binaries, "postgres"
         with socket.create_server(("127.0.0.1", 0)) as listener:
             self.port = listener.getsockname()[1]
 
@@ -39,7 +40,13 @@ class Cluster:
         with (data / "pg_hba.conf").open("a") as stream:
             stream.write("host all all 0.0.0.0/0 trust\n")
         self.start()
-        self._run("createdb", "-h", "127.0.0.1", "-p", str(self.port), "-U", USER, "sdfserver")
+
+    def begin(self) -> None:
+        """Use a new database from now on."""
+        name = f"sdfserver_{secrets.token_hex(4)}"
+        with psycopg.connect(self.url(), autocommit=True) as connection:
+            connection.execute(f"CREATE DATABASE {name}")  # type: ignore[call-overload]
+        self._database = name
 
     def start(self) -> None:
         """Start it, and wait until it answers."""
@@ -52,15 +59,15 @@ class Cluster:
         self._run("pg_ctl", "-D", str(self._folder / "data"), "-m", mode, "-w", "stop")
 
     def url(self, address: str = "127.0.0.1") -> str:
-        """Where it is found from where it has that address."""
-        return f"postgresql://{USER}@{address}:{self.port}/sdfserver"
+        """The database, from where the server has that address."""
+        return f"postgresql://{USER}@{address}:{self.port}/{self._database}"
 
 
 @contextmanager
 def cluster() -> Iterator[Cluster]:
     """A server that runs; skips where PostgreSQL is not installed."""
-    found = [Path(where).parent for where in map(shutil.which, ["postgres"]) if where]
-    found += sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
+    found += [Path(where).parent for where in map(shutil.which, ["postgres"]) if where]
     with suppress(KeyError):
         owner = pwd.getpwnam(USER) if os.geteuid() == 0 else None
         if found:

@@ -8,14 +8,12 @@ from pathlib import Path
 
 import httpx
 import pytest
-import sqlalchemy as sa
 from faults.cluster import Cluster, Elsewhere, cluster, elsewhere
 from faults.host import CLOUD, Host, until
 
 from sdfserver.client import Client
 from sdfserver.schemas import JobState
 from sdfserver.server.liveness import this_host
-from sdfserver.server.store import events, jobs, workers
 
 pytestmark = [pytest.mark.timeout(1800), pytest.mark.slow]
 LOST_SECONDS = 15.0
@@ -31,14 +29,12 @@ def database() -> Iterator[Cluster]:
 @pytest.fixture
 def site(database: Cluster, tmp_path: Path) -> Iterator[Host]:
     """A service on it, of which nothing runs yet."""
+    database.begin()
     host = Host(tmp_path, database.url())
     try:
         yield host
     finally:
         host.close()
-        with host.store.engine.begin() as connection:
-            for table in (events, jobs, workers):
-                connection.execute(sa.delete(table))
 
 
 @pytest.fixture
