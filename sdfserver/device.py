@@ -124,9 +124,9 @@ def in_halves(work: Callable[[list[Item]], T], items: list[Item]) -> list[T]:
 
 
 def free_device_memory() -> None:
-    """Give back to the device what PyTorch keeps of its memory and nobody uses."""
-    gc.collect()
+    """Give back to a CUDA device what PyTorch keeps of its memory and nobody uses."""
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()
 
 

@@ -49,8 +49,8 @@ READY = "ready"
 PROGRESS_SECONDS = 0.1
 PREVIEW_SHARES = (0.1, 0.25, 0.5, 0.8)
 """When the surface is shown while it forms, as shares of the fit's steps."""
-ROOM_SECONDS = (0.0, 1.0, 4.0)
-"""How long a job waits before it is tried, and tried again, where the device's memory is full."""
+ROOM_SECONDS = (1.0, 4.0)
+"""How long a job waits before it is tried again, and once more, where the device's memory is full."""
 NICENESS = 10
 """Behind the API and the worker: they must answer while both cores compute."""
 
@@ -309,9 +309,10 @@ def _when_there_is_room(work: Callable[[], T], *, at_once: bool = True) -> T:
 
     from sdfserver.device import free_device_memory
 
-    for seconds in ROOM_SECONDS if at_once else ROOM_SECONDS[1:]:
-        free_device_memory()
-        time.sleep(seconds)
+    for seconds in (0.0, *ROOM_SECONDS) if at_once else ROOM_SECONDS:
+        if seconds:
+            free_device_memory()
+            time.sleep(seconds)
         try:
             return work()
         except torch.OutOfMemoryError as error:

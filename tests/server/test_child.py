@@ -24,7 +24,7 @@ TASK = child.FitTask(
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(child, "ROOM_SECONDS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(child, "ROOM_SECONDS", (0.001, 0.001))
 
 
 def test_a_job_waits_for_room_on_a_device_that_another_has(caplog: pytest.LogCaptureFixture) -> None:
