@@ -44,7 +44,7 @@ def waits(rate: float, seconds: float, workers: int, *, seed: int = 0) -> np.nda
 
 def least(rate: float, seconds: float, wait: float) -> tuple[int, float]:
     """The least number of workers with which 95 of 100 jobs wait no longer, and how long they then wait."""
-    low = max(1, math.floor(rate * seconds))  # with fewer the queue grows without end
+    low = math.floor(rate * seconds) + 1  # with fewer the queue grows without end
     high = 2 * low + 4
     while low < high:
         middle = (low + high) // 2

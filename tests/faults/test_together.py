@@ -46,6 +46,7 @@ def test_jobs_that_wait_are_fitted_together_and_each_is_as_good_as_alone(host: H
     host.leaves_nothing_behind()
 
 
+@pytest.mark.slow
 def test_one_that_is_cancelled_does_not_disturb_the_others(host: Host) -> None:
     jobs = fitted_together(host, 3)
     host.client.job(jobs[1]).cancel()
