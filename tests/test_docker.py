@@ -155,7 +155,7 @@ def test_all_names_of_settings_and_arguments_are_real(dockerfile: Dockerfile, do
     from sdfserver.server.settings import Settings
 
     settings = {f"SDFSERVER_{name.upper()}" for name in Settings.model_fields}
-    for path in docker.iterdir():
+    for path in filter(Path.is_file, docker.rglob("*")):
         assert set(re.findall(r"SDFSERVER_[A-Z_]+", path.read_text(encoding="utf-8"))) <= settings, path
     readme = (docker / "README.md").read_text(encoding="utf-8")
     assert set(re.findall(r"--build-arg (\w+)=", readme)) <= set(dockerfile.args)
