@@ -11,5 +11,5 @@ from sdfserver.config import PRESETS, FitConfig, NetworkConfig, PoolConfig, Pres
 cast(dict[str, Preset], PRESETS)["draft"] = replace(
     PRESETS["draft"],
     network=NetworkConfig(hidden=128, layers=3),
-    fit=FitConfig(steps=400, batch_surface=400, batch_space=400, pool=PoolConfig(size=10_000)),
+    fit=FitConfig(steps=600, batch_surface=400, batch_space=400, pool=PoolConfig(size=10_000)),
 )

@@ -1,6 +1,7 @@
 """What is there to be looked at: previews, points and pictures of jobs, the bundled clouds; and a job done again."""
 
 import io
+import re
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +67,8 @@ def test_the_surface_is_shown_while_it_forms(served: Served, data: Path, tmp_pat
 def test_a_preview_is_told_of_by_events(served: Served) -> None:
     numbers = [line for line in served.stream.splitlines() if line.startswith("data:") and '"preview":' in line]
     assert any('"preview":null' in line for line in numbers)
-    assert any('"preview":2' in line for line in numbers)
+    # Which of them is a matter of time: progress is told once a second at most.
+    assert any(re.search(r'"preview":[1-9]', line) for line in numbers)
 
 
 def test_a_mesh_of_a_mesh_shows_its_parents_points(api: Api, worker: str) -> None:
