@@ -25,10 +25,8 @@ from sdfserver.losses import (
     distance_loss,
     distance_slope,
     eikonal_loss,
-    eikonal_slope,
-    length_and_direction,
+    gradient_slope,
     normal_loss,
-    normal_slope,
     signed_off_surface_loss,
     signed_off_surface_slope,
     surface_loss,
@@ -260,10 +258,7 @@ class _Slopes:
         d_on = surface_slope(on, self._width) * self._surface
         d_off = signed_off_surface_slope(off, trusted_sign, share, alpha=config.alpha) * self._off_surface
         d_off += distance_slope(off, signed_distance, far) * self._distance
-        length, direction = length_and_direction(gradient)
-        d_gradient = eikonal_slope(length, direction).mul_(self._eikonal)
-        aligned = normal_slope(length[..., :n, :], direction[..., :n, :], batch.normals)
-        d_gradient[..., :n, :] += aligned * self._normal
+        d_gradient = gradient_slope(gradient, batch.normals, eikonal=self._eikonal, normal=self._normal)
         return torch.cat([d_on, d_off], dim=-1), d_gradient
 
 

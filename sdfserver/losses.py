@@ -58,6 +58,15 @@ def eikonal_slope(length: Tensor, direction: Tensor) -> Tensor:
     return direction * (length - 1).sign()
 
 
+def gradient_slope(gradient: Tensor, normals: Tensor, *, eikonal: float, normal: Tensor | float) -> Tensor:
+    """Of both terms on the gradient (..., N, 3), times these factors; the first of the N have `normals` (..., n, 3)."""
+    n = normals.shape[-2]
+    length, direction = length_and_direction(gradient)
+    slope = eikonal_slope(length, direction).mul_(eikonal)
+    slope[..., :n, :] += normal_slope(length[..., :n, :], direction[..., :n, :], normals) * normal
+    return slope
+
+
 def off_surface_loss(phi: Tensor, alpha: float) -> Tensor:
     """Mean exp(-alpha |phi|) away from the cloud (Sitzmann et al. 2020, equation 6): no zero where nothing was seen."""
     return torch.exp(-alpha * phi.abs()).mean()

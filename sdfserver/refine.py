@@ -28,9 +28,7 @@ from sdfserver.local import CellGrid, LocalLevel, LocalSirens, PartitionOfUnity,
 from sdfserver.losses import (
     NO_WIDTH,
     distance_slope,
-    eikonal_slope,
-    length_and_direction,
-    normal_slope,
+    gradient_slope,
     surface_slope,
 )
 from sdfserver.sampling import Samples
@@ -378,11 +376,12 @@ def _fit_cells(
     _start_as_planes(sirens, space, target)
     member, place = _ranges(members.start + members.held, members.count - members.held)
     rows = members.rows[place]
+    fitted_to = config.pool - config.pool // 4
     fits = _CellFits(
         sirens,
         points=torch.cat([(members.points[rows] - centres[member]) / grid.half, members.normals[rows]], dim=1),
         count=members.count - members.held,
-        space=torch.cat([space, target[..., None], known[..., None]], dim=2)[:, : config.pool - config.pool // 4],
+        space=torch.cat([space, target[..., None], known[..., None]], dim=2)[:, :fitted_to],
         weights=config.weights_for(noise / grid.half),
         config=config,
     )
@@ -405,7 +404,6 @@ def _fit_cells(
             last_cost = cost
     fits.leave()
     fits.close()
-    fitted_to = config.pool - config.pool // 4
     after = misfit()
     with torch.no_grad():
         held_target = target[:, fitted_to:]
@@ -478,9 +476,7 @@ class _CellFits:
         n, m, weights = normals.shape[1], target.shape[1], self._weights
         d_on = surface_slope(phi[:, :n], self._width) * (weights.surface / 2 / n)
         d_off = distance_slope(phi[:, n:], target, known, self._config.slack) * (weights.distance / m)
-        length, direction = length_and_direction(gradient)
-        d_gradient = eikonal_slope(length, direction).mul_(weights.eikonal / (n + m))
-        d_gradient[:, :n] += normal_slope(length[:, :n], direction[:, :n], normals) * (weights.normal / 2 / n)
+        d_gradient = gradient_slope(gradient, normals, eikonal=weights.eikonal / (n + m), normal=weights.normal / 2 / n)
         return torch.cat([d_on, d_off], dim=1), d_gradient
 
     def leave(self) -> None:

@@ -391,7 +391,8 @@ class Worker:
         work = child.Work(running.works, tuple(turn.task for turn in turns))
         if len(turns) > 1:
             log.info("fitted together: jobs %s", ", ".join(turn.row.id for turn in turns))
-        watched = {i: _Watched(turn, self._store.typical_seconds()) for i, turn in enumerate(turns)}
+        typical = self._store.typical_seconds()
+        watched = {i: _Watched(turn, typical) for i, turn in enumerate(turns)}
         started = time.monotonic()
         looked_at = 0.0
         try:
