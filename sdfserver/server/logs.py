@@ -48,7 +48,7 @@ def set_up_logging() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Objects() if as_json else _Lines())
     logging.basicConfig(level=STEP if as_json else logging.INFO, handlers=[handler], force=True)
-    for name in ("httpx", "sqlalchemy", "dbos"):
+    for name in ("httpx", "sqlalchemy", "dbos", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
     # The engine would add a handler of its own, were there none.
     logging.getLogger("dbos").addHandler(logging.NullHandler())

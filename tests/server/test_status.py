@@ -137,7 +137,7 @@ def test_commands_migrate_and_show_a_database_and_make_none_up(tmp_path: Path) -
     assert (asked.returncode, asked.stdout) == (2, "")
     assert "no service has run in" in asked.stderr
     assert not Path(folder).exists()
-    assert re.search(r"the database is at version \d+$", run("migrate", "--data-dir", folder).stderr.strip())
+    assert re.fullmatch(r"sdfserver: the database is at version \d+\n", run("migrate", "--data-dir", folder).stderr)
     shown = run("status", "--data-dir", folder)
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout.startswith("jobs      0 waiting, 0 running; 0 succeeded, 0 failed, 0 cancelled\nworkers   none")
