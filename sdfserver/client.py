@@ -409,7 +409,9 @@ class Job:
                 if have and etag is not None:
                     headers |= {"Range": f"bytes={have}-", "If-Range": etag}
                 try:
-                    with client._http.stream("GET", url, params=params, headers=headers) as response:
+                    with client._http.stream(
+                        "GET", url, params=params, headers=headers, follow_redirects=True
+                    ) as response:
                         if response.status_code == 200 or _continues(response, have):
                             if response.status_code == 200:
                                 _empty(stream)

@@ -21,7 +21,7 @@ from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sdfserver.server import page
-from sdfserver.server.artifacts import Artifacts
+from sdfserver.server.artifacts import ArtifactError, open_artifacts
 from sdfserver.server.liveness import living
 from sdfserver.server.logs import STEP, about
 from sdfserver.server.metrics import Measured, Metrics
@@ -51,7 +51,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        store, artifacts = Store(settings.database), Artifacts(settings.data_dir)
+        store, artifacts = Store(settings.database), open_artifacts(settings)
         await asyncio.to_thread(prepare_storage, settings, store, artifacts)
         queue = JobQueue(store)
         app.state.service = Service(
@@ -67,6 +67,7 @@ def create_app(settings: Settings) -> FastAPI:
         yield
         queue.close()
         store.close()
+        artifacts.close()
 
     app = FastAPIOffline(
         redoc_url=None,
@@ -183,6 +184,12 @@ def _add_handlers(app: FastAPI) -> None:
         log.error("the database does not answer: %s", error.orig)
         problem = ProblemError("not-ready", "the database does not answer; try again", headers={"Retry-After": "5"})
         return problem_response(problem, request.url.path)
+
+    @app.exception_handler(ArtifactError)
+    async def _artifacts(request: Request, error: ArtifactError) -> Response:
+        log.error("%s", error)
+        detail = "the store of clouds and meshes does not answer; try again"
+        return problem_response(ProblemError("not-ready", detail, headers={"Retry-After": "5"}), request.url.path)
 
     @app.exception_handler(Exception)
     async def _internal(request: Request, _error: Exception) -> Response:

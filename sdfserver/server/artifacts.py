@@ -8,6 +8,10 @@
 
 A job of kind mesh starts from the field of its parent: fit-0 has links to those files. Names from users never become
 paths: <id> and <attempt> are ours, <format> is one of a list.
+
+Here they are in a folder that all processes see. `sdfserver.server.objects` has the same in a store of objects, where
+the folder is each process's own, for what it works on: `fetch`, `keep`, `at_hand` and `leave` then move files between
+the two, and do nothing here.
 """
 
 import contextlib
@@ -18,7 +22,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, Protocol
+
+from sdfserver.errors import SdfServerError
+
+if TYPE_CHECKING:
+    from sdfserver.server.settings import Settings
 
 FIELD, CLOUD, FIT_REPORT = "field.safetensors", "cloud.npz", "fit.json"
 MESH, REPORT = "mesh.ply", "report.json"
@@ -37,15 +46,58 @@ class Kept:
     published: int | None
 
 
+class ArtifactError(SdfServerError):
+    """Where the artifacts are kept does not answer, or refuses; later it may not."""
+
+
+class Receiving(Protocol):
+    """An upload under way."""
+
+    def write(self, data: bytes, /) -> int:
+        """Add bytes."""
+
+    def finish(self) -> None:
+        """Bring it to where it is safe. Without this it never was."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A file of a job's, and how its bytes can be had: at `path`, or if that is None with `read` and by `link`."""
+
+    size: int
+    version: str
+    """Another one where the file was replaced."""
+    path: Path | None = None
+    read: Callable[[int, int], Iterator[bytes]] = lambda _start, _stop: iter(())
+    """The bytes from the one index up to the other, in parts."""
+    link: Callable[[float], str] | None = None
+    """A URL that is good for so many seconds, to anybody who has it."""
+
+
+def open_artifacts(settings: "Settings") -> "Artifacts":
+    """Where the settings say that the files are. Raises ConfigError."""
+    if settings.artifacts_url is None:
+        return Artifacts(settings.data_dir)
+    from sdfserver.server.objects import ObjectArtifacts
+
+    return ObjectArtifacts(settings.artifacts_url, settings.data_dir)
+
+
 class Artifacts:
-    """The folder of the service's files."""
+    """The folder of the service's files.
+
+    Where they are in a store of objects, most methods raise ArtifactError when it does not answer.
+    """
 
     def __init__(self, root: Path) -> None:
         self.jobs = root.absolute() / "jobs"
 
     def create(self) -> None:
-        """Make the folder."""
+        """Make the folder; raise where the files could not be kept."""
         self.jobs.mkdir(parents=True, exist_ok=True)
+
+    def close(self) -> None:
+        """Give back what only this process needs."""
 
     def upload(self, job_id: str, extension: str) -> Path:
         """The cloud as it was uploaded."""
@@ -60,8 +112,8 @@ class Artifacts:
         return self.jobs / job_id / f"mesh-{attempt}"
 
     @contextmanager
-    def receiving(self, job_id: str, extension: str) -> Iterator[BinaryIO]:
-        """A stream for an upload. While it is open the job's folder is not taken for a stray, row or no row.
+    def receiving(self, job_id: str, extension: str) -> Iterator[Receiving]:
+        """Takes an upload. Until it is left the job's folder is not taken for a stray, row or no row.
 
         An error removes the folder.
         """
@@ -70,7 +122,7 @@ class Artifacts:
         try:
             with path.open("xb") as stream:
                 fcntl.flock(stream, fcntl.LOCK_EX)
-                yield stream
+                yield _ToFile(stream)
         except BaseException:
             self.remove(job_id)
             raise
@@ -108,12 +160,47 @@ class Artifacts:
             yield
         self.upload(job_id, "lock").unlink(missing_ok=True)
 
+    # Files of jobs, for those who work on them and those who ask for them
+
+    def fetch(self, path: Path) -> None:
+        """Have a file here. Raises FileNotFoundError where it is gone."""
+
+    def keep(self, folder: Path, title: str) -> None:
+        """Bring the files of an attempt to where everybody finds them. `title` is the job's name, for downloads."""
+
+    def show(self, folder: Path, names: Sequence[str], shown: Callable[[], None]) -> None:  # noqa: ARG002
+        """The same for some files of an attempt that goes on; `shown` is called when, and if, they are there."""
+        shown()
+
+    def discard(self, folder: Path) -> None:
+        """Remove what an attempt left that came to nothing."""
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def leave(self, job_id: str) -> None:
+        """The job's files are not worked on here any more."""
+
+    def find(self, path: Path) -> Found | None:
+        """A file, if it is there."""
+        try:
+            status = path.stat()
+        except FileNotFoundError:
+            return None
+        return Found(size=status.st_size, version=str(status.st_mtime_ns), path=path)
+
+    @contextmanager
+    def at_hand(self, path: Path) -> Iterator[Path]:
+        """Where the file can be read for a while. Raises FileNotFoundError."""
+        yield path
+
+    def add(self, source: Path, path: Path, title: str) -> None:
+        """Take in a file that was made from another: `source` lies beside that one, as `at_hand` gave it."""
+
     def remove(self, job_id: str) -> None:
         """Remove all files of a job."""
         shutil.rmtree(self.jobs / job_id, ignore_errors=True)
 
-    def free_bytes(self) -> int:
-        """Room on the disk."""
+    def free_bytes(self) -> float:
+        """Room for uploads."""
         return shutil.disk_usage(self.jobs).free
 
     def sweep(self, kept: Callable[[Sequence[str]], Mapping[str, Kept]]) -> None:
@@ -143,6 +230,20 @@ class Artifacts:
                 except BlockingIOError:
                     return True
         return False
+
+
+class _ToFile:
+    """An upload into a file."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+
+    def write(self, data: bytes, /) -> int:
+        return self._stream.write(data)
+
+    def finish(self) -> None:
+        self._stream.flush()
+        sync(Path(self._stream.name).parent)
 
 
 def sync(folder: Path) -> None:

@@ -75,6 +75,8 @@ class MeshTask:
     """Mesh the field in `field_folder`, and leave mesh and report in `folder`."""
 
     step = "mesh"
+    needs = (FIELD, CLOUD, FIT_REPORT)
+    """Files of `field_folder`."""
     field_folder: Path
     folder: Path
     job_id: str
@@ -113,7 +115,7 @@ class Told:
 
 @dataclass(frozen=True, kw_only=True)
 class Previewed:
-    """There is a preview, the `number`th of its attempt."""
+    """There is a preview, the `number`th of its attempt; 0 stands for the points, which are there before."""
 
     number: int
 
@@ -394,6 +396,7 @@ class Forming:
 
         self._points = some_points(cloud)
         write_ply(self._folder / POINTS, self._points.points, normals=self._points.normals)
+        self._tell(0)
 
     def show(self, progress: "FitProgress", field: "SignedDistanceField") -> None:
         """Show the surface, if it is time to."""

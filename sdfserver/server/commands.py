@@ -94,11 +94,11 @@ def api(
     fd: Annotated[int | None, typer.Option(hidden=True, help="A socket that listens already.")] = None,
 ) -> None:
     """Serve the HTTP interface alone; workers on this and other hosts share its database and data folder."""
-    from sdfserver.server.supervisor import check_public, listen, open_store, run_api, url_of, watch_parent
+    from sdfserver.server.supervisor import check_public, listen, open_storage, run_api, url_of, watch_parent
 
     settings = _settings(host=host, port=port, data_dir=data_dir)
     if fd is None:
-        store = open_store(settings)
+        store = open_storage(settings)
         check_public(settings, store)
         store.close()
         listener = listen(settings)

@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import safe_open
 
+from sdfserver.server.artifacts import Artifacts
+
 CHUNK = 8192
 BLOCK = 16
 """Points of one local network that are evaluated together."""
@@ -152,9 +154,9 @@ class SavedField:
 
 
 @lru_cache(maxsize=CACHED)
-def load(path: Path) -> SavedField:
+def load(artifacts: Artifacts, path: Path) -> SavedField:
     """The field at `path`, which never changes. Raises FileNotFoundError."""
-    with safe_open(str(path), framework="numpy") as file:
+    with artifacts.at_hand(path) as here, safe_open(str(here), framework="numpy") as file:
         about = json.loads(file.metadata()["sdfserver"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     levels = about.get("levels", [])

@@ -7,6 +7,7 @@ import logging
 import re
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -15,7 +16,7 @@ from typing import Annotated, Any, TypeVar, cast, get_args
 import numpy as np
 from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Body, Depends, Header, Query, Request, Response
-from fastapi.responses import FileResponse, JSONResponse
+from fastapi.responses import FileResponse, JSONResponse, RedirectResponse, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import ValidationError
@@ -46,7 +47,7 @@ from sdfserver.schemas import (
     ServerLimits,
 )
 from sdfserver.server import fields
-from sdfserver.server.artifacts import FIELD, MESH, PICTURE, POINTS, PREVIEW, REPORT, Artifacts
+from sdfserver.server.artifacts import FIELD, MESH, PICTURE, POINTS, PREVIEW, REPORT, Artifacts, Found
 from sdfserver.server.liveness import living
 from sdfserver.server.logs import STEP, about, subject
 from sdfserver.server.problems import KINDS, MEDIA_TYPE, ProblemError
@@ -62,7 +63,7 @@ from sdfserver.server.store import (
     Store,
     new_id,
 )
-from sdfserver.server.uploads import MAX_NAME, Upload, receive_form, receive_raw, safe_name, too_large
+from sdfserver.server.uploads import MAX_NAME, Upload, attachment, receive_form, receive_raw, safe_name, too_large
 from sdfserver.server.views import JOBS, QueueView, job_view
 
 log = logging.getLogger(__name__)
@@ -171,6 +172,7 @@ def _file_of(*media_types: str) -> dict[int | str, dict[str, Any]]:
         200: {"description": "The file", "content": content},
         206: {"description": "The part that Range asked for", "content": parts},
         304: {"description": "If-None-Match names what would be sent"},
+        307: {"description": "Where the file can be had for a while, if it is kept elsewhere"},
         **_ABOUT_A_RESULT,
         **answers("range"),
     }
@@ -495,14 +497,33 @@ async def get_mesh(
 ) -> Response:
     """The mesh, in the format asked for."""
     path = service.artifacts.mesh(row.id, row.published) / f"mesh.{format}"
-    if format != "ply" and not path.exists():
+    if format != "ply" and not await _is_there(service, path):
         async with service.converting:
-            if not path.exists():
-                await _convert(path.with_name(MESH), path)
-    return _file(request, row, path, PurePosixPath(row.name).stem + f".{format}", _MEDIA_TYPES[format])
+            if not await _is_there(service, path):
+                await _convert(service, path.with_name(MESH), path, _title(row))
+    send = partial(_file, service, request, row, path, f".{format}", _MEDIA_TYPES[format])
+    return await run_in_threadpool(send)
 
 
-async def _convert(source: Path, target: Path) -> None:
+async def _is_there(service: Service, path: Path) -> bool:
+    return await run_in_threadpool(service.artifacts.find, path) is not None
+
+
+async def _convert(service: Service, mesh: Path, target: Path, title: str) -> None:
+    async with AsyncExitStack() as stack:
+        here = service.artifacts.at_hand(mesh)
+        try:
+            source = await run_in_threadpool(here.__enter__)
+        except FileNotFoundError:
+            return  # so is the target, then
+        stack.push_async_callback(run_in_threadpool, here.__exit__, None, None, None)
+        made = source.with_name(target.name)
+        await _write_as(source, made)
+        if made.exists():
+            await run_in_threadpool(service.artifacts.add, made, target, title)
+
+
+async def _write_as(source: Path, target: Path) -> None:
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "sdfserver.server.convert", str(source), str(target), stderr=asyncio.subprocess.PIPE
     )
@@ -523,7 +544,7 @@ async def _convert(source: Path, target: Path) -> None:
 def get_report(request: Request, service: TheService, row: FinishedJob) -> Response:
     """The quality report: settings, timings, losses, distances from the points to the mesh, and more."""
     path = service.artifacts.mesh(row.id, row.published) / REPORT
-    return _file(request, row, path, PurePosixPath(row.name).stem + ".json", "application/json")
+    return _file(service, request, row, path, ".json", "application/json", linked=False)
 
 
 @router.get(
@@ -537,18 +558,19 @@ def get_preview(request: Request, service: TheService, row: TheJob) -> Response:
 
     That of a job that has succeeded has a property `distance`: of each vertex to the nearest point of the cloud.
     """
-    name = PurePosixPath(row.name).stem + "-preview.ply"
     if row.state == JobState.SUCCEEDED:
         path = service.artifacts.mesh(row.id, row.published) / PREVIEW
-        return _file(request, row, path, name, "application/octet-stream")
+        return _file(service, request, row, path, "-preview.ply", "application/octet-stream", linked=False)
     path = _fit_folder(service, row) / PREVIEW
+    found = None if row.preview is None else service.artifacts.find(path)
     try:
-        if row.preview is None:
+        if found is None:
             raise FileNotFoundError
         # Read, not sent as a file: it is replaced when the next one is there.
-        tag, body = f'"{row.id}-{path.parent.name}-{path.stat().st_mtime_ns}"', path.read_bytes()
+        body = path.read_bytes() if found.path else b"".join(found.read(0, found.size))
     except FileNotFoundError:
         raise _not_there(row, "preview") from None
+    tag = f'"{row.id}-{path.parent.name}-{found.version}"'
     headers = {"ETag": tag, "Cache-Control": "private, no-cache"}
     if _is_known(request, tag):
         return Response(status_code=304, headers=headers)
@@ -564,16 +586,16 @@ def get_preview(request: Request, service: TheService, row: TheJob) -> Response:
 def get_points(request: Request, service: TheService, row: TheJob) -> Response:
     """Some of the points that the field is fitted to, with their normals, as PLY; there as soon as the fit begins."""
     path = _fit_folder(service, row) / POINTS
-    if row.state != JobState.SUCCEEDED and not path.exists():
+    if row.state != JobState.SUCCEEDED and service.artifacts.find(path) is None:
         raise _not_there(row, "points to show")
-    return _file(request, row, path, PurePosixPath(row.name).stem + "-points.ply", "application/octet-stream")
+    return _file(service, request, row, path, "-points.ply", "application/octet-stream", linked=False)
 
 
 @router.get("/jobs/{job_id}/picture", response_class=FileResponse, responses=_file_of("image/png"), tags=["results"])
 def get_picture(request: Request, service: TheService, row: FinishedJob) -> Response:
     """A small picture of the mesh, as PNG."""
     path = service.artifacts.mesh(row.id, row.published) / PICTURE
-    return _file(request, row, path, PurePosixPath(row.name).stem + ".png", "image/png")
+    return _file(service, request, row, path, ".png", "image/png", linked=False)
 
 
 @router.get(
@@ -584,8 +606,7 @@ def get_picture(request: Request, service: TheService, row: FinishedJob) -> Resp
 )
 def get_field(request: Request, service: TheService, row: FinishedJob) -> Response:
     """The signed distance field, as safetensors."""
-    name = PurePosixPath(row.name).stem + ".safetensors"
-    return _file(request, row, _field_path(service, row), name, "application/octet-stream")
+    return _file(service, request, row, _field_path(service, row), ".safetensors", "application/octet-stream")
 
 
 def _not_there(row: Row, what: str) -> ProblemError:
@@ -603,16 +624,52 @@ def _field_path(service: Service, row: Row) -> Path:
     return _fit_folder(service, row) / FIELD
 
 
-def _file(request: Request, row: Row, path: Path, name: str, media_type: str) -> Response:
-    """A result as a download. What an attempt published never changes, so its name is its ETag."""
+def _title(row: Row) -> str:
+    return PurePosixPath(row.name).stem
+
+
+def _file(
+    service: Service, request: Request, row: Row, path: Path, ending: str, media_type: str, *, linked: bool = True
+) -> Response:
+    """A result as a download, or where it may be `linked` and the settings say so, the way to it in its store.
+
+    What an attempt published never changes, so its name is its ETag.
+    """
     etag = f'"{row.id}-{path.parent.name}-{path.name}"'
     headers = {"ETag": etag, "Cache-Control": "private, no-cache"}
     if _is_known(request, etag):
         return Response(status_code=304, headers=headers)
-    if not path.exists():
+    found = service.artifacts.find(path)
+    if found is None:
         raise ProblemError("gone", f"job {row.id} and its files have been removed; upload the cloud again")
-    _check_range(request, path.stat().st_size, etag)
-    return FileResponse(path, media_type=media_type, filename=safe_name(name), headers=headers)
+    name = safe_name(_title(row) + ending)
+    if found.path is not None:
+        _check_range(request, found.size, etag)
+        return FileResponse(found.path, media_type=media_type, filename=name, headers=headers)
+    # A page's script may not follow to another host, unless that says so.
+    scripted = request.headers.get("sec-fetch-mode") in ("cors", "same-origin")
+    if linked and service.settings.presigned_seconds and found.link is not None and not scripted:
+        link = found.link(service.settings.presigned_seconds)
+        return RedirectResponse(link, status_code=307, headers={"Cache-Control": "private, no-store"})
+    _check_range(request, found.size, etag)
+    return _streamed(request, found, media_type, headers | {"Content-Disposition": attachment(name)})
+
+
+def _streamed(request: Request, found: Found, media_type: str, headers: dict[str, str]) -> Response:
+    """The file in parts, or what one range asks for of it; several are answered with all of it, as they may be."""
+    first, last = 0, found.size - 1
+    asked = dict(request.scope["headers"]).get(b"range", b"").decode("latin-1")
+    begin, _, end = asked.removeprefix("bytes=").partition("-")
+    partial_answer = bool(begin or end) and "," not in end
+    if partial_answer and begin:
+        first, last = int(begin), min(int(end or last), last)
+    elif partial_answer:
+        first = max(0, found.size - int(end))
+    headers |= {"Accept-Ranges": "bytes", "Content-Length": str(last + 1 - first)}
+    if partial_answer:
+        headers["Content-Range"] = f"bytes {first}-{last}/{found.size}"
+    status = 206 if partial_answer else 200
+    return StreamingResponse(found.read(first, last + 1), status_code=status, media_type=media_type, headers=headers)
 
 
 def _is_known(request: Request, etag: str) -> bool:
@@ -738,7 +795,7 @@ def _create_from(
 def query_field(service: TheService, row: FinishedJob, request: SdfRequest) -> SdfResponse:
     """The signed distance, negative inside, and if asked for its gradient, at points in the cloud's own units."""
     try:
-        field = fields.load(_field_path(service, row))
+        field = fields.load(service.artifacts, _field_path(service, row))
     except FileNotFoundError:
         raise ProblemError("gone", f"job {row.id} and its files have been removed; upload the cloud again") from None
     distances, gradients = field.evaluate(np.array(request.points, dtype=np.float64))

@@ -1,9 +1,10 @@
 """Settings of the service, from the environment: every field is SDFSERVER_ and its name in capitals."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from sdfserver.errors import ConfigError
@@ -25,6 +26,18 @@ class Settings(BaseSettings):
     database_url: Annotated[
         str | None, Field(description="postgresql://..., or a SQLite file in the data folder if unset")
     ] = None
+    artifacts_url: Annotated[
+        str | None,
+        Field(description="s3://BUCKET/PREFIX or file:///FOLDER for clouds and meshes, or the data folder if unset"),
+    ] = None
+    presigned_seconds: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=7 * 86_400,
+            description="how long a link to a result in S3 is good, to which downloads are sent; 0 sends the file",
+        ),
+    ] = 0.0
     device: Annotated[str, Field(description="device of a worker: auto, cpu, cuda or cuda:N")] = "auto"
     workers: Annotated[
         int | None,
@@ -72,6 +85,13 @@ class Settings(BaseSettings):
                 f"lease_seconds is {self.lease_seconds}; it must be at least three beats of {self.beat_seconds} s"
             )
         return self
+
+    @field_validator("artifacts_url")
+    @classmethod
+    def _known_scheme(cls, url: str | None) -> str | None:
+        if url is not None and not re.match("s3://[^/]|file:///.", url):
+            raise ValueError("it must begin with s3://BUCKET or file:///FOLDER")
+        return url
 
     @property
     def database_file(self) -> Path:

@@ -4,15 +4,16 @@ import errno
 import hashlib
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
-from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from pathlib import PurePosixPath
+from typing import Any
+from urllib.parse import quote
 
 from anyio import CapacityLimiter, to_thread
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from sdfserver.io import CLOUD_FORMATS
-from sdfserver.server.artifacts import Artifacts, sync
+from sdfserver.server.artifacts import Artifacts, Receiving
 from sdfserver.server.problems import ProblemError
 
 MAX_OPTIONS_BYTES = 64 * 1024
@@ -27,6 +28,11 @@ def safe_name(name: str) -> str:
     return "".join(c for c in base if c.isprintable())[-MAX_NAME:] or "cloud"
 
 
+def attachment(name: str) -> str:
+    """The Content-Disposition of a download that is to be called `name`."""
+    return f"attachment; filename*=utf-8''{quote(safe_name(name), safe='')}"
+
+
 class Upload:
     """One cloud being received. Entered as a context; until it is left, nobody takes its folder for a stray."""
 
@@ -37,7 +43,7 @@ class Upload:
         self.threads = threads
         self._max_bytes, self._min_free = max_bytes, min_free
         self._stack = ExitStack()
-        self._stream: BinaryIO | None = None
+        self._stream: Receiving | None = None
         self._hash = hashlib.sha256()
         self._bytes = self._looked_at = 0
         self.name = self.format = ""
@@ -105,8 +111,7 @@ class Upload:
             raise ProblemError("malformed", "there is no cloud; send it as the part called cloud")
         if not self._bytes:
             raise ProblemError("malformed", f"{self.name} is empty; send the file's bytes")
-        self._stream.flush()
-        sync(Path(self._stream.name).parent)
+        self._stream.finish()
 
 
 def too_large(limit: int) -> ProblemError:

@@ -11,7 +11,6 @@ import logging
 import multiprocessing
 import os
 import secrets
-import shutil
 import signal
 import socket
 import threading
@@ -19,8 +18,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
+from functools import partial
 from multiprocessing.connection import Connection
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import psutil
@@ -28,7 +28,7 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 
 from sdfserver.schemas import JobKind, JobOptions, MeshJobOptions, Problem
 from sdfserver.server import child
-from sdfserver.server.artifacts import Artifacts
+from sdfserver.server.artifacts import POINTS, PREVIEW, ArtifactError, Artifacts, open_artifacts
 from sdfserver.server.gpus import gpu_figures
 from sdfserver.server.liveness import Sight, Watch, identity, sight
 from sdfserver.server.logs import STEP, about
@@ -53,6 +53,8 @@ ASK_SECONDS, TERMINATE_SECONDS = 0.4, 0.2
 STARTING_SECONDS = 120.0
 """A job's time begins when its process is there to compute, if that takes no longer than this."""
 RECOVER_SECONDS = 0.25
+INSIST_SECONDS = 10.0
+"""How long at most between two questions to a store of artifacts that does not answer."""
 FIGURES_SECONDS = 10.0
 """How often a GPU is looked at."""
 GATHER_SECONDS = 0.1
@@ -98,6 +100,10 @@ class _Held:
     spent: float = 0.0
 
 
+class _NotOursError(Exception):
+    """The job was cancelled, removed, or taken by another worker."""
+
+
 _NOTHING = child.Outcome(how="stopped")
 
 
@@ -139,7 +145,7 @@ class Worker:
     def __init__(self, settings: Settings, *, threads: int | None = None) -> None:
         self._settings = settings
         self._store = Store(settings.database)
-        self._artifacts = Artifacts(settings.data_dir)
+        self._artifacts = open_artifacts(settings)
         self._threads = threads or max(1, _processors() // max(1, settings.workers or 1))
         self._id = f"{socket.gethostname()[:40]}-{secrets.token_hex(6)}"
         self._child: _Child | None = None
@@ -220,6 +226,7 @@ class Worker:
         with self._beginning:
             self._busy.discard(job_id)
             self._held.pop(job_id, None)
+            self._artifacts.leave(job_id)
             if not self._busy:
                 self._idle.set()
 
@@ -238,6 +245,8 @@ class Worker:
             except DBAPIError:
                 log.exception("the database does not answer; job %s begins again when it does", job_id)
                 self._give_back(job_id)
+            except _NotOursError:
+                return None
             except Exception:
                 log.exception("job %s failed in the worker", job_id)
                 if job_id in self._held:
@@ -269,8 +278,10 @@ class Worker:
         options = JobOptions(**row.options)
 
         def task(attempt: Attempt) -> child.FitTask:
+            cloud = self._artifacts.upload(job_id, row.format)
+            self._insist(attempt, lambda: self._artifacts.fetch(cloud))
             return child.FitTask(
-                cloud=self._artifacts.upload(job_id, row.format),
+                cloud=cloud,
                 name=row.name,
                 folder=self._artifacts.fit(job_id, attempt.number),
                 job_id=job_id,
@@ -293,8 +304,11 @@ class Worker:
         options = JobOptions(**row.options) if row.kind == JobKind.RECONSTRUCTION else MeshJobOptions(**row.options)
 
         def task(attempt: Attempt) -> child.MeshTask:
+            folder = self._artifacts.fit(job_id, fitted)
+            for name in child.MeshTask.needs:
+                self._insist(attempt, partial(self._artifacts.fetch, folder / name))
             return child.MeshTask(
-                field_folder=self._artifacts.fit(job_id, fitted),
+                field_folder=folder,
                 folder=self._artifacts.mesh(job_id, attempt.number),
                 job_id=job_id,
                 request_id=row.request_id,
@@ -326,17 +340,37 @@ class Worker:
             log.log(STEP, "attempt %d, %s: begins", held.attempt.number, asked.step)
             end, outcome = self._take_turn(_Turn(row=row, held=held, task=asked, alone=alone))
             log.log(STEP, "attempt %d, %s: %s", held.attempt.number, asked.step, end.name.lower())
-            if end is End.DONE and done(held.attempt, outcome):
-                return held.attempt
+            if end is End.DONE:
+                keep = partial(self._artifacts.keep, asked.folder, PurePath(row.name).stem)
+                self._insist(held.attempt, keep)
+                if done(held.attempt, outcome):
+                    return held.attempt
             if end is End.FAILED:
                 self._fail(held.attempt, problem(outcome.problem, outcome.detail))
             self._stay_if_leaving()
-            shutil.rmtree(asked.folder, ignore_errors=True)
+            self._artifacts.discard(asked.folder)
             with self._beginning:
                 self._held.pop(row.id, None)
             if end is not End.DIED:
                 return None
             alone = True  # it may have been this one's fault
+
+    def _insist(self, attempt: Attempt, act: Callable[[], None]) -> None:
+        """Do something with the artifacts, again and again while they cannot be reached and the attempt is ours.
+
+        What was computed is not lost for that. Raises _NotOursError when it was in vain.
+        """
+        pause = self._settings.beat_seconds
+        while True:
+            try:
+                return act()
+            except ArtifactError as error:
+                log.error("%s; it is asked again in %.1f s", error, pause)
+            time.sleep(pause)
+            pause = min(2 * pause, INSIST_SECONDS)
+            if not self._store.holds(attempt):
+                self._stay_if_leaving()
+                raise _NotOursError
 
     def _begin(self, job_id: str) -> _Held | None:
         """The attempt that the step before has begun, or a new one."""
@@ -422,15 +456,16 @@ class Worker:
         for turn in turns:
             turn.held.spent += time.monotonic() - started
 
-    @staticmethod
-    def _hear(watched: dict[int, "_Watched"], message: child.Told) -> None:
+    def _hear(self, watched: dict[int, "_Watched"], message: child.Told) -> None:
         one = watched[message.index]
         if isinstance(message.what, child.Outcome):
             one.turn.end = End.DONE if message.what.how == "done" else End.FAILED
             one.turn.outcome = message.what
             del watched[message.index]
         elif isinstance(message.what, child.Previewed):
-            one.standing.preview = message.what.number
+            names, number = ((PREVIEW,), message.what.number) if message.what.number else ((POINTS,), None)
+            shown = partial(setattr, one.standing, "preview", number)
+            self._artifacts.show(one.turn.task.folder, names, shown)
         else:
             one.latest = message.what
             one.standing.see(message.what)
@@ -651,16 +686,23 @@ def _processors() -> int:
 
 def prepare_storage(settings: Settings, store: Store, artifacts: Artifacts) -> None:
     """Make folders and tables where they are missing."""
-    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    prepare_database(settings, store)
     artifacts.create()
+
+
+def prepare_database(settings: Settings, store: Store) -> None:
+    """Make tables where they are missing."""
+    settings.data_dir.mkdir(parents=True, exist_ok=True)
     store.create_tables()
     JobQueue.create_tables(settings.database)
 
 
 def sweep(settings: Settings, store: Store, queue: JobQueue, artifacts: Artifacts) -> None:
     """Remove jobs whose time has come, and files that no job wants any more."""
-    _over, forgotten = store.expire(settings.gone_seconds)
+    over, forgotten = store.expire(settings.gone_seconds)
     queue.forget(forgotten)
+    for job_id in over:
+        artifacts.remove(job_id)
     artifacts.sweep(store.kept)
 
 
