@@ -1,5 +1,6 @@
 """What tests of the running service share: quick fits, waiting for what will come, a PostgreSQL of their own."""
 
+import os
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -9,7 +10,7 @@ from typing import Any
 
 import psycopg
 
-QUICK = str(Path(__file__).parent / "quick")
+QUICK = os.pathsep.join([str(Path(__file__).parent / "quick"), *filter(None, [os.environ.get("PYTHONPATH")])])
 """In a server's PYTHONPATH, it makes a draft a matter of seconds."""
 POSTGRES = "postgresql://postgres@127.0.0.1:5432"
 

@@ -21,23 +21,32 @@ from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sdfserver.server import page
+from sdfserver.server.abuse import Bounded, Guesses
 from sdfserver.server.artifacts import ArtifactError, open_artifacts
 from sdfserver.server.liveness import living
 from sdfserver.server.logs import STEP, about
 from sdfserver.server.metrics import Measured, Metrics
 from sdfserver.server.problems import ProblemError
 from sdfserver.server.queue import JobQueue
-from sdfserver.server.routes import MAX_JSON_BYTES, Service, TheService, answers, invalid, problem_response, router
+from sdfserver.server.routes import Service, TheService, answers, invalid, problem_response, router
 from sdfserver.server.settings import Settings
 from sdfserver.server.store import Store
-from sdfserver.server.views import JOBS, QueueView
+from sdfserver.server.views import QueueView
 from sdfserver.server.worker import prepare_storage
 
 log = logging.getLogger(__name__)
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
-_HTTP_KINDS = {400: "malformed", 401: "unauthorized", 404: "not-found", 405: "method", 413: "too-large", 416: "range"}
+_HTTP_KINDS = {
+    400: "malformed",
+    401: "unauthorized",
+    404: "not-found",
+    405: "method",
+    408: "slow",
+    413: "too-large",
+    416: "range",
+}
 _DESCRIPTION = """
 From an oriented point cloud to its surface: upload a cloud, follow its job, download the mesh.
 
@@ -63,6 +72,7 @@ def create_app(settings: Settings) -> FastAPI:
             converting=asyncio.Semaphore(1),
             receiving=CapacityLimiter(8),
             creating=CapacityLimiter(1),
+            guesses=Guesses(),
         )
         yield
         queue.close()
@@ -71,6 +81,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     app = FastAPIOffline(
         redoc_url=None,
+        redirect_slashes=False,  # to where the Host header says
         title="sdfserver",
         summary="From an oriented point cloud to its surface",
         description=_DESCRIPTION,
@@ -79,7 +90,7 @@ def create_app(settings: Settings) -> FastAPI:
         license_info={"name": "MIT", "identifier": "MIT"},
     )
     metrics = Metrics()
-    app.add_middleware(_Limited)
+    app.add_middleware(Bounded)
     app.add_middleware(Measured, metrics=metrics)
     app.add_middleware(_Identified)
     app.include_router(router)
@@ -130,29 +141,6 @@ class _Identified:
 
         with about(request=request):
             await self._app(scope, receive, answered)
-
-
-class _Limited:
-    """Holds bodies to MAX_JSON_BYTES, but for clouds, which have a limit of their own."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] == JOBS:
-            await self._app(scope, receive, send)
-            return
-        declared, received = int(dict(scope["headers"]).get(b"content-length", b"0")), 0
-
-        async def limited() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if max(declared, received) > MAX_JSON_BYTES:
-                raise HTTPException(413, f"the body has more than {MAX_JSON_BYTES:,} bytes; send less at a time")
-            return message
-
-        await self._app(scope, limited, send)
 
 
 def _add_handlers(app: FastAPI) -> None:

@@ -10,8 +10,10 @@ MEDIA_TYPE = "application/problem+json"
 KINDS: Mapping[str, tuple[int, str]] = {
     "malformed": (400, "The request cannot be understood"),
     "unauthorized": (401, "An API key is needed"),
+    "forbidden": (403, "This may not be asked from there"),
     "not-found": (404, "There is no such thing here"),
     "method": (405, "The method is not allowed here"),
+    "slow": (408, "The request came too slowly"),
     "state": (409, "The job is not in a state for that"),
     "idempotency": (409, "The Idempotency-Key was used for another request"),
     "gone": (410, "The job and its files have been removed"),
@@ -24,6 +26,7 @@ KINDS: Mapping[str, tuple[int, str]] = {
     "no-surface": (422, "The field has no surface at this level"),
     "divergence": (422, "The fit did not converge"),
     "queue-full": (429, "Too many jobs are waiting"),
+    "guesses": (429, "Too many wrong API keys came from there"),
     "quota": (429, "The API key has too many unfinished jobs"),
     "internal": (500, "The server made a mistake"),
     "died": (500, "The job's process died again and again"),

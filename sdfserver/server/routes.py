@@ -47,6 +47,7 @@ from sdfserver.schemas import (
     ServerLimits,
 )
 from sdfserver.server import fields
+from sdfserver.server.abuse import Guesses, check_browser
 from sdfserver.server.artifacts import FIELD, MESH, PICTURE, POINTS, PREVIEW, REPORT, Artifacts, Found
 from sdfserver.server.liveness import living
 from sdfserver.server.logs import STEP, about, subject
@@ -71,8 +72,6 @@ log = logging.getLogger(__name__)
 EVENT_SECONDS = 0.25
 """How often a stream of events looks for more."""
 RETRY_SECONDS = 10
-MAX_JSON_BYTES = 16 * 2**20
-"""Of any body but a cloud."""
 _MEDIA_TYPES = {"ply": "application/octet-stream", "glb": "model/gltf-binary", "obj": "model/obj", "stl": "model/stl",
                 "off": "text/plain"}  # fmt: skip
 
@@ -95,6 +94,7 @@ class Service:
     """Threads for what uploads write: others' answers do not wait for those."""
     creating: CapacityLimiter
     """One thread: new jobs are made one after the other, whoever waits for whom."""
+    guesses: Guesses
 
 
 def service_of(request: Request) -> Service:
@@ -109,10 +109,19 @@ _bearer = HTTPBearer(auto_error=False, description="An API key, where the server
 
 
 def owner_of(
-    service: TheService, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
+    request: Request,
+    service: TheService,
+    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
 ) -> ApiKey:
-    """Who asks. Raises ProblemError where a key is needed and is not there."""
-    key = service.store.authenticate(None if credentials is None else credentials.credentials)
+    """Who asks. Raises ProblemError where a key is needed and is not there, or a page of another site asks."""
+    secret, address = credentials.credentials if credentials else None, request.client.host if request.client else ""
+    if secret is not None:
+        service.guesses.check(address, secret)
+    key = service.store.authenticate(secret)
+    if key == ApiKey():  # nobody needs one
+        check_browser(service.settings, request.method, request.headers)
+    elif secret is not None:
+        service.guesses.tried(address, secret, right=key is not None)
     if key is None:
         raise ProblemError(
             "unauthorized",
@@ -178,7 +187,7 @@ def _file_of(*media_types: str) -> dict[int | str, dict[str, Any]]:
     }
 
 
-_ANY = answers("unauthorized", "invalid", "not-ready")
+_ANY = answers("unauthorized", "forbidden", "guesses", "invalid", "not-ready")
 _ABOUT_A_JOB = _ANY | answers("not-found", "gone")
 _ABOUT_A_RESULT = _ABOUT_A_JOB | answers("state")
 

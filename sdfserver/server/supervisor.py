@@ -9,6 +9,7 @@ import errno
 import ipaddress
 import logging
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -102,9 +103,12 @@ def url_of(listener: socket.socket) -> str:
 def run_api(settings: Settings, listener: socket.socket) -> None:
     """Serve HTTP on a socket that listens, until SIGTERM or SIGINT."""
     from sdfserver.server.app import create_app
+    from sdfserver.server.protocol import BoundedProtocol
 
+    raise_file_limit()
     config = uvicorn.Config(
         create_app(settings),
+        http=BoundedProtocol,
         log_config=None,
         log_level="warning",
         access_log=False,
@@ -112,6 +116,12 @@ def run_api(settings: Settings, listener: socket.socket) -> None:
         timeout_graceful_shutdown=int(API_GRACE_SECONDS) - 2,
     )
     uvicorn.Server(config).run(sockets=[listener])
+
+
+def raise_file_limit() -> None:
+    """Let this process have as many connections as the system allows: the usual 1024 are soon taken."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def watch_parent() -> None:

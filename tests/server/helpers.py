@@ -72,11 +72,13 @@ class App:
 
 
 @contextmanager
-def running(settings: Settings) -> Iterator[App]:
+def running(settings: Settings, http: Any = "auto") -> Iterator[App]:
     """The application of `settings` on a free port."""
     app = create_app(settings)
     server = uvicorn.Server(
-        uvicorn.Config(app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=1)
+        uvicorn.Config(
+            app, http=http, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=1
+        )
     )
     with socket.create_server(("127.0.0.1", 0), backlog=2048) as listener:
         thread = threading.Thread(target=lambda: server.run(sockets=[listener]), daemon=True)
