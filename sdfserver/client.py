@@ -9,6 +9,8 @@ server and a full queue are waited out, up to `retry_s` seconds from the first f
 sdfserver.errors says why. Nothing here needs torch.
 """
 
+import base64
+import hashlib
 import ipaddress
 import json
 import os
@@ -418,7 +420,13 @@ class Job:
                             etag = _strong_etag(response)
                             for chunk in response.iter_bytes():
                                 stream.write(chunk)
-                            return Path(path)
+                            if _is_whole(stream, response):
+                                return Path(path)
+                            etag, furthest = None, 0
+                            message = f"the {what} of job {self.id} came damaged; ask for it again"
+                            failure = _Failure(ServiceError(message), True)
+                            patience.wait(failure)
+                            continue
                         response.read()
                         failure = _refusal(response)
                         if response.status_code in (206, 416):  # not the part asked for: start again
@@ -679,6 +687,18 @@ def _strong_etag(response: httpx.Response) -> str | None:
     etag: str | None = response.headers.get("etag")
     coded = response.headers.get("content-encoding", "identity") != "identity"
     return None if etag is None or etag.startswith("W/") or coded else etag
+
+
+def _is_whole(stream: BinaryIO, response: httpx.Response) -> bool:
+    """Whether the stream has what the server says its file has (RFC 9530), where it says so."""
+    said = [answer.headers.get("repr-digest", "") for answer in (response, *response.history)]
+    digest = re.search(r"sha-256=:([A-Za-z0-9+/=]+):", " ".join(said))
+    if digest is None:
+        return True
+    stream.seek(0)
+    whole = hashlib.file_digest(stream, "sha256").digest()  # type: ignore[arg-type]
+    stream.seek(0, os.SEEK_END)
+    return whole == base64.b64decode(digest[1])
 
 
 def _continues(response: httpx.Response, have: int) -> bool:

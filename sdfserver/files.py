@@ -96,7 +96,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         if target.is_dir():
             raise OutputError(f"{printable(str(path))} is a folder; give a file name in it")
         temporary = target.with_name(_temporary_name(path))
-        stream = temporary.open("xb")
+        stream = temporary.open("x+b")
         try:
             with stream:
                 yield stream

@@ -1,6 +1,7 @@
 """The HTTP application: endpoints, probes, metrics, and one table from exceptions to problems."""
 
 import asyncio
+import errno
 import logging
 import re
 import secrets
@@ -14,7 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import PlainTextResponse, Response
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DatabaseError, OperationalError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match, Route
@@ -30,9 +31,10 @@ from sdfserver.server.problems import ProblemError
 from sdfserver.server.queue import JobQueue
 from sdfserver.server.routes import Service, TheService, answers, invalid, problem_response, router
 from sdfserver.server.settings import Settings
+from sdfserver.server.storage import prepare_storage
 from sdfserver.server.store import Store
+from sdfserver.server.uploads import disk_full
 from sdfserver.server.views import QueueView
-from sdfserver.server.worker import prepare_storage
 
 log = logging.getLogger(__name__)
 
@@ -167,9 +169,18 @@ def _add_handlers(app: FastAPI) -> None:
     async def _gone(request: Request, _error: ClientDisconnect) -> Response:
         return problem_response(ProblemError("malformed", "the request ended too early"), request.url.path)
 
+    @app.exception_handler(OSError)
+    async def _disk(request: Request, error: OSError) -> Response:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise error
+        log.error("the data folder takes no more: %s", error)
+        return problem_response(disk_full(), request.url.path)
+
     @app.exception_handler(OperationalError)
     async def _database(request: Request, error: OperationalError) -> Response:
         log.error("the database does not answer: %s", error.orig)
+        if "disk is full" in str(error.orig) or "No space left" in str(error.orig):
+            return problem_response(disk_full(), request.url.path)
         problem = ProblemError("not-ready", "the database does not answer; try again", headers={"Retry-After": "5"})
         return problem_response(problem, request.url.path)
 
@@ -178,6 +189,14 @@ def _add_handlers(app: FastAPI) -> None:
         log.error("%s", error)
         detail = "the store of clouds and meshes does not answer; try again"
         return problem_response(ProblemError("not-ready", detail, headers={"Retry-After": "5"}), request.url.path)
+
+    @app.exception_handler(DatabaseError)
+    async def _damaged(request: Request, error: DatabaseError) -> Response:
+        if type(error) is not DatabaseError:  # a mistake of ours
+            raise error
+        log.error("the database cannot be used: %s", error.orig)
+        problem = ProblemError("not-ready", "the database cannot be used; the server's log says why")
+        return problem_response(problem, request.url.path)
 
     @app.exception_handler(Exception)
     async def _internal(request: Request, _error: Exception) -> Response:

@@ -5,6 +5,7 @@
                                     looked at points.ply and preview.ply, which changes as the surface forms
     jobs/<id>/mesh-<attempt>/       and of the meshing: mesh.ply, report.json, and to be looked at preview.ply and
                                     picture.png; the mesh in other formats, when asked for
+    sums.json in both               size and SHA-256 of these files; sums-<format>.json that of a mesh in another
 
 A job of kind mesh starts from the field of its parent: fit-0 has links to those files. Names from users never become
 paths: <id> and <attempt> are ours, <format> is one of a list.
@@ -14,13 +15,17 @@ the folder is each process's own, for what it works on: `fetch`, `keep`, `at_han
 the two, and do nothing here.
 """
 
+import base64
 import contextlib
 import fcntl
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Protocol
 
@@ -32,9 +37,10 @@ if TYPE_CHECKING:
 FIELD, CLOUD, FIT_REPORT = "field.safetensors", "cloud.npz", "fit.json"
 MESH, REPORT = "mesh.ply", "report.json"
 POINTS, PREVIEW, PICTURE = "points.ply", "preview.ply", "picture.png"
-FIT_FILES = (FIELD, CLOUD, FIT_REPORT, POINTS, PREVIEW)
+SUMS = "sums.json"
+FIT_FILES = (FIELD, CLOUD, FIT_REPORT, POINTS, PREVIEW, SUMS)
 """All but PREVIEW are always there: a field may have no surface at level 0."""
-MESH_FILES = (MESH, REPORT, PREVIEW, PICTURE)
+MESH_FILES = (MESH, REPORT, PREVIEW, PICTURE, SUMS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +54,24 @@ class Kept:
 
 class ArtifactError(SdfServerError):
     """Where the artifacts are kept does not answer, or refuses; later it may not."""
+
+
+class DamagedError(Exception):
+    """A file is not what it was when it was made; the message says how."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sum:
+    """What a file was when it was made."""
+
+    size: int
+    sha256: str
+    """As hexadecimal digits."""
+
+    @property
+    def header(self) -> str:
+        """As Repr-Digest has it (RFC 9530)."""
+        return f"sha-256=:{base64.b64encode(bytes.fromhex(self.sha256)).decode()}:"
 
 
 class Receiving(Protocol):
@@ -179,6 +203,27 @@ class Artifacts:
     def leave(self, job_id: str) -> None:
         """The job's files are not worked on here any more."""
 
+    def sum_of(self, path: Path) -> Sum | None:
+        """What a file of an attempt that is over was when it was made; None where nobody wrote it down."""
+        return _sums(self, path.parent, _sums_of(path.name)).get(path.name)
+
+    def check(self, path: Path, found: Found) -> Sum | None:
+        """What the file was when it was made. Raises DamagedError if it is not that any more.
+
+        A file of this host is read for it when it is asked for first; a store of objects looks after its bytes itself.
+        """
+        made = self.sum_of(path)
+        if made is not None:
+            if found.size != made.size:
+                raise DamagedError(f"it has {found.size:,} bytes instead of {made.size:,}")
+            if found.path is not None and _sha256(found.path, found.version) != made.sha256:
+                raise DamagedError("its SHA-256 is another")
+        return made
+
+    def holds_jobs(self) -> bool:
+        """Whether there are files of any job."""
+        return self.jobs.is_dir() and any(self.jobs.iterdir())
+
     def find(self, path: Path) -> Found | None:
         """A file, if it is there."""
         try:
@@ -192,8 +237,9 @@ class Artifacts:
         """Where the file can be read for a while. Raises FileNotFoundError."""
         yield path
 
-    def add(self, source: Path, path: Path, title: str) -> None:
+    def add(self, source: Path, path: Path, title: str) -> None:  # noqa: ARG002
         """Take in a file that was made from another: `source` lies beside that one, as `at_hand` gave it."""
+        seal(source.parent, source.name)
 
     def remove(self, job_id: str) -> None:
         """Remove all files of a job."""
@@ -244,6 +290,41 @@ class _ToFile:
     def finish(self) -> None:
         self._stream.flush()
         sync(Path(self._stream.name).parent)
+
+
+def seal(folder: Path, *names: str) -> None:
+    """Write down what the files of a folder are, or those named; and bring all of it to the disk."""
+    paths = [folder / name for name in names] or [path for path in sorted(folder.iterdir()) if path.name != SUMS]
+    sums = {}
+    for path in paths:
+        with path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        sums[path.name] = {"size": path.stat().st_size, "sha256": digest}
+    (folder / (_sums_of(names[0]) if names else SUMS)).write_text(json.dumps(sums, indent=1) + "\n")
+    sync(folder)
+
+
+def _sums_of(name: str) -> str:
+    """The file in which the sum of another is."""
+    return SUMS if name in (*FIT_FILES, *MESH_FILES) else f"sums-{name.rpartition('.')[2]}.json"
+
+
+@lru_cache(maxsize=256)
+def _sums(artifacts: Artifacts, folder: Path, name: str) -> Mapping[str, Sum]:
+    found = artifacts.find(folder / name)
+    if found is None:
+        return {}
+    text = found.path.read_bytes() if found.path else b"".join(found.read(0, found.size))
+    try:
+        return {name: Sum(**said) for name, said in json.loads(text).items()}
+    except (ValueError, TypeError, AttributeError):
+        raise DamagedError("what was written down of it is damaged itself") from None
+
+
+@lru_cache(maxsize=4096)
+def _sha256(path: Path, _version: str) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def sync(folder: Path) -> None:

@@ -33,7 +33,7 @@ from sdfserver.errors import (
     Stopped,
 )
 from sdfserver.schemas import JobOptions, MeshOptions
-from sdfserver.server.artifacts import CLOUD, FIELD, FIT_REPORT, MESH, PICTURE, POINTS, PREVIEW, REPORT, sync
+from sdfserver.server.artifacts import CLOUD, FIELD, FIT_REPORT, MESH, PICTURE, POINTS, PREVIEW, REPORT, seal
 from sdfserver.server.logs import about, set_up_logging
 
 if TYPE_CHECKING:
@@ -51,6 +51,8 @@ PREVIEW_SHARES = (0.1, 0.25, 0.5, 0.8)
 """When the surface is shown while it forms, as shares of the fit's steps."""
 ROOM_SECONDS = (1.0, 4.0)
 """How long a job waits before it is tried again, and once more, where the device's memory is full."""
+DISK_FULL = "the disk filled up while the job ran"
+INTERNAL = "the job failed for a reason on the server's side"
 NICENESS = 10
 """Behind the API and the worker: they must answer while both cores compute."""
 
@@ -249,7 +251,7 @@ def _failed(task: FitTask | MeshTask, error: Exception) -> Outcome:
         kind = next((kind for kinds, kind in _PROBLEMS.items() if isinstance(error, kinds)), "internal")
         return Outcome(how="failed", problem=kind, detail=_in_our_words(str(error), task))
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return Outcome(how="failed", problem="disk-full", detail="the disk filled up while the job ran")
+        return Outcome(how="failed", problem="disk-full", detail=DISK_FULL)
     if _out_of_memory(error):
         log.warning("a job needed more memory than there is: %s", str(error).splitlines()[0] if str(error) else "")
         return Outcome(how="failed", problem="memory", detail="the job needed more memory than there is")
@@ -261,7 +263,7 @@ def _failed(task: FitTask | MeshTask, error: Exception) -> Outcome:
     return _INTERNAL
 
 
-_INTERNAL = Outcome(how="failed", problem="internal", detail="the job failed for a reason on the server's side")
+_INTERNAL = Outcome(how="failed", problem="internal", detail=INTERNAL)
 _PROBLEMS: dict[tuple[type[SdfServerError], ...], str] = {
     (CloudError, MissingDependencyError): "cloud",
     (ConfigError, DeviceError): "options",
@@ -378,7 +380,7 @@ def _leave(one: _Opened, fitted: "FittedField | Exception") -> None:
     fitted.field.save(folder / FIELD)
     _save_cloud(fitted.cloud, folder / CLOUD)
     (folder / FIT_REPORT).write_bytes(report_json(fitted.report))
-    sync(folder)
+    seal(folder)
 
 
 class Forming:
@@ -433,7 +435,7 @@ def _mesh(task: MeshTask, reporter: _Reporter) -> None:
     write_picture(meshed.mesh, task.folder / PICTURE)
     fit_report = json.loads((task.field_folder / FIT_REPORT).read_bytes())
     (task.folder / REPORT).write_bytes(report_json(join_reports(fit_report, meshed.report)))
-    sync(task.folder)
+    seal(task.folder)
 
 
 def _save_cloud(cloud: "PointCloud", path: Path) -> None:

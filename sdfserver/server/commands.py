@@ -94,7 +94,8 @@ def api(
     fd: Annotated[int | None, typer.Option(hidden=True, help="A socket that listens already.")] = None,
 ) -> None:
     """Serve the HTTP interface alone; workers on this and other hosts share its database and data folder."""
-    from sdfserver.server.supervisor import check_public, listen, open_storage, run_api, url_of, watch_parent
+    from sdfserver.server.storage import open_storage
+    from sdfserver.server.supervisor import check_public, listen, run_api, url_of, watch_parent
 
     settings = _settings(host=host, port=port, data_dir=data_dir)
     if fd is None:
@@ -128,7 +129,7 @@ def status(
     It asks the database, so that it answers when no API does.
     """
     from sdfserver.server.status import look, text
-    from sdfserver.server.supervisor import open_store
+    from sdfserver.server.storage import open_store
 
     settings = _settings(data_dir=data_dir)
     if settings.database_url is None and not settings.database_file.exists():
@@ -142,9 +143,9 @@ def migrate(data_dir: DataDir = None) -> None:
 
     Several may do so at once. A database of a later sdfserver is refused.
     """
-    from sdfserver.server.supervisor import open_store
+    from sdfserver.server.storage import migrate_store
 
-    before, after = open_store(_settings(data_dir=data_dir), prepare=False).create_tables()
+    _store, (before, after) = migrate_store(_settings(data_dir=data_dir))
     _say(f"the database is at version {after}" + (f"; it was at {before}" if before not in (None, after) else ""))
 
 
@@ -160,7 +161,7 @@ def create_key(
 
     As soon as there is a key, the server answers nobody without one.
     """
-    from sdfserver.server.supervisor import open_store
+    from sdfserver.server.storage import open_store
 
     key_id, secret = open_store(_settings(data_dir=data_dir)).create_key(name, max_jobs)
     _say(f"key {key_id} for {name}; keep it, it will not be shown again:")
@@ -169,7 +170,7 @@ def create_key(
 
 def list_keys(data_dir: DataDir = None) -> None:
     """List the keys: id, name, and whether they are in use."""
-    from sdfserver.server.supervisor import open_store
+    from sdfserver.server.storage import open_store
 
     for row in open_store(_settings(data_dir=data_dir)).list_keys():
         sys.stdout.write(f"{row.id}  {'revoked' if row.revoked_at else 'in use '}  {row.name}\n")
@@ -180,7 +181,7 @@ def revoke_key(
     data_dir: DataDir = None,
 ) -> None:
     """End a key's use, at once."""
-    from sdfserver.server.supervisor import open_store
+    from sdfserver.server.storage import open_store
 
     if not open_store(_settings(data_dir=data_dir)).revoke_key(key_id):
         raise ConfigError(f"there is no key {key_id!r} in use; see sdfserver keys list")

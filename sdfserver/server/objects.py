@@ -29,7 +29,7 @@ from obstore.store import LocalStore, S3Store, from_url
 
 from sdfserver.errors import ConfigError
 from sdfserver.files import printable, reason
-from sdfserver.server.artifacts import FIT_FILES, PREVIEW, ArtifactError, Artifacts, Found, Kept
+from sdfserver.server.artifacts import FIT_FILES, PREVIEW, ArtifactError, Artifacts, Found, Kept, seal
 from sdfserver.server.uploads import attachment
 
 log = logging.getLogger(__name__)
@@ -186,6 +186,11 @@ class ObjectArtifacts(Artifacts):
         """The job's files are not worked on here any more."""
         super().remove(job_id)
 
+    def holds_jobs(self) -> bool:
+        """Whether there are files of any job."""
+        with _asking():
+            return bool(obstore.list_with_delimiter(self._store)["common_prefixes"])
+
     def find(self, path: Path) -> Found | None:
         """A file, if it is there."""
         key = self._key(path)
@@ -223,7 +228,9 @@ class ObjectArtifacts(Artifacts):
 
     def add(self, source: Path, path: Path, title: str) -> None:
         """Take in a file that was made from another."""
-        self._put(source, path, title)
+        seal(source.parent, source.name)
+        for made in (source, *source.parent.glob("sums-*.json")):
+            self._put(made, path.with_name(made.name), title)
 
     def remove(self, job_id: str) -> None:
         """Remove all files of a job: those that cannot be reached now, with the next sweep that can."""

@@ -29,6 +29,7 @@ KINDS: Mapping[str, tuple[int, str]] = {
     "guesses": (429, "Too many wrong API keys came from there"),
     "quota": (429, "The API key has too many unfinished jobs"),
     "internal": (500, "The server made a mistake"),
+    "damaged": (500, "The file is damaged"),
     "died": (500, "The job's process died again and again"),
     "memory": (500, "The job needed too much memory"),
     "time": (500, "The job took too long"),

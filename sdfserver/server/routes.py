@@ -48,7 +48,7 @@ from sdfserver.schemas import (
 )
 from sdfserver.server import fields
 from sdfserver.server.abuse import Guesses, check_browser
-from sdfserver.server.artifacts import FIELD, MESH, PICTURE, POINTS, PREVIEW, REPORT, Artifacts, Found
+from sdfserver.server.artifacts import FIELD, MESH, PICTURE, POINTS, PREVIEW, REPORT, Artifacts, DamagedError, Found
 from sdfserver.server.liveness import living
 from sdfserver.server.logs import STEP, about, subject
 from sdfserver.server.problems import KINDS, MEDIA_TYPE, ProblemError
@@ -64,7 +64,16 @@ from sdfserver.server.store import (
     Store,
     new_id,
 )
-from sdfserver.server.uploads import MAX_NAME, Upload, attachment, receive_form, receive_raw, safe_name, too_large
+from sdfserver.server.uploads import (
+    MAX_NAME,
+    Upload,
+    attachment,
+    disk_full,
+    receive_form,
+    receive_raw,
+    safe_name,
+    too_large,
+)
 from sdfserver.server.views import JOBS, QueueView, job_view
 
 log = logging.getLogger(__name__)
@@ -183,7 +192,7 @@ def _file_of(*media_types: str) -> dict[int | str, dict[str, Any]]:
         304: {"description": "If-None-Match names what would be sent"},
         307: {"description": "Where the file can be had for a while, if it is kept elsewhere"},
         **_ABOUT_A_RESULT,
-        **answers("range"),
+        **answers("range", "damaged"),
     }
 
 
@@ -651,6 +660,7 @@ def _file(
     found = service.artifacts.find(path)
     if found is None:
         raise ProblemError("gone", f"job {row.id} and its files have been removed; upload the cloud again")
+    headers |= _digest(service, row, path, found)
     name = safe_name(_title(row) + ending)
     if found.path is not None:
         _check_range(request, found.size, etag)
@@ -659,9 +669,21 @@ def _file(
     scripted = request.headers.get("sec-fetch-mode") in ("cors", "same-origin")
     if linked and service.settings.presigned_seconds and found.link is not None and not scripted:
         link = found.link(service.settings.presigned_seconds)
-        return RedirectResponse(link, status_code=307, headers={"Cache-Control": "private, no-store"})
+        return RedirectResponse(link, status_code=307, headers=headers | {"Cache-Control": "private, no-store"})
     _check_range(request, found.size, etag)
     return _streamed(request, found, media_type, headers | {"Content-Disposition": attachment(name)})
+
+
+def _digest(service: Service, row: Row, path: Path, found: Found) -> dict[str, str]:
+    """The header with the checksum of a published file. Raises ProblemError where it is not as it was."""
+    if row.state != JobState.SUCCEEDED:  # it is not finished
+        return {}
+    try:
+        made = service.artifacts.check(path, found)
+    except DamagedError as error:
+        log.error("%s of job %s is damaged: %s", path.name, row.id, error)
+        raise ProblemError("damaged", f"the file is damaged: {error}; run the job again") from None
+    return {} if made is None else {"Repr-Digest": made.header}
 
 
 def _streamed(request: Request, found: Found, media_type: str, headers: dict[str, str]) -> Response:
@@ -768,11 +790,7 @@ def _create_from(
     preset = options.preset if isinstance(options, JobOptions) else row.preset
     check_limits(options, preset, service.settings)
     if service.artifacts.free_bytes() < service.settings.min_free_bytes:
-        raise ProblemError(
-            "disk-full",
-            "there is not enough room for another job; delete finished jobs or try again later",
-            headers={"Retry-After": "60"},
-        )
+        raise disk_full()
     new = _new_job(
         options,
         preset,

@@ -20,7 +20,7 @@ from sqlalchemy.engine import Connection, Engine
 
 from sdfserver.schemas import JobKind, JobState
 from sdfserver.server.artifacts import Kept
-from sdfserver.server.migrations import migrate
+from sdfserver.server.migrations import migrate, version_of
 
 _PATIENCE = {
     "connect_timeout": 10,
@@ -209,6 +209,11 @@ class Store:
         Raises ConfigError where the database is a later sdfserver's.
         """
         return migrate(self.engine)
+
+    def is_empty(self) -> bool:
+        """Whether it is a database without any table of ours."""
+        with self._read() as connection:
+            return version_of(connection) is None
 
     def close(self) -> None:
         """Give all connections back."""

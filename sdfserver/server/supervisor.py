@@ -24,12 +24,11 @@ import uvicorn
 from sqlalchemy.exc import SQLAlchemyError
 
 from sdfserver.errors import ConfigError
-from sdfserver.server.artifacts import ArtifactError, open_artifacts
 from sdfserver.server.gpus import VARIABLE, visible_gpus
 from sdfserver.server.liveness import Identity, Watch, identity
 from sdfserver.server.settings import Settings
+from sdfserver.server.storage import open_storage
 from sdfserver.server.store import Row, Store
-from sdfserver.server.worker import prepare_database
 
 log = logging.getLogger(__name__)
 
@@ -273,39 +272,6 @@ def serve(settings: Settings, on_listening: Callable[[str], None]) -> None:
         signal.signal(number, lambda *_: supervisor.stop())
     on_listening(url_of(listener))
     supervisor.run()
-
-
-def open_storage(settings: Settings) -> Store:
-    """The store, when everything that the service keeps can be had. Raises ConfigError where it cannot."""
-    store = open_store(settings)
-    artifacts = open_artifacts(settings)
-    try:
-        artifacts.create()
-    except ArtifactError as error:
-        raise ConfigError(f"artifacts_url {settings.artifacts_url!r} cannot be used: {error}") from None
-    except OSError as error:
-        raise _unusable(settings, error) from None
-    artifacts.close()
-    return store
-
-
-def open_store(settings: Settings, *, prepare: bool = True) -> Store:
-    """The store, with its tables made, or as it is. Raises ConfigError where it cannot be had."""
-    try:
-        store = Store(settings.database)
-        settings.data_dir.mkdir(parents=True, exist_ok=True)
-        if prepare:
-            prepare_database(settings, store)
-    except OSError as error:
-        raise _unusable(settings, error) from None
-    except SQLAlchemyError as error:
-        reason = str(getattr(error, "orig", None) or error).splitlines()[0]
-        raise ConfigError(f"the database cannot be used: {reason}") from None
-    return store
-
-
-def _unusable(settings: Settings, error: OSError) -> ConfigError:
-    return ConfigError(f"data_dir {str(settings.data_dir)!r} cannot be used: {error.strerror}")
 
 
 def _identity_of(row: Row) -> Identity:

@@ -1,6 +1,5 @@
 """Clouds on their way to the disk: a raw body or a multipart form, in constant memory, up to a limit."""
 
-import errno
 import hashlib
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
@@ -68,11 +67,7 @@ class Upload:
     def check_room(self, more: int = 0) -> None:
         """Raise ProblemError where the disk would not hold `more` bytes and what running jobs need."""
         if self._artifacts.free_bytes() - more < self._min_free:
-            raise ProblemError(
-                "disk-full",
-                "there is not enough room for the upload; delete finished jobs or try again later",
-                headers={"Retry-After": "60"},
-            )
+            raise disk_full()
 
     def begin(self, name: str, extension: str | None = None) -> None:
         """Open the file of a cloud called `name`."""
@@ -98,12 +93,7 @@ class Upload:
             self._looked_at = self._bytes
             self.check_room()
         self._hash.update(data)
-        try:
-            self._stream.write(data)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise ProblemError("disk-full", "the disk filled up during the upload; try again later") from None
-            raise
+        self._stream.write(data)
 
     def finish(self) -> None:
         """Bring the cloud to the disk."""
@@ -112,6 +102,15 @@ class Upload:
         if not self._bytes:
             raise ProblemError("malformed", f"{self.name} is empty; send the file's bytes")
         self._stream.finish()
+
+
+def disk_full() -> ProblemError:
+    """The problem of a disk that takes no more."""
+    return ProblemError(
+        "disk-full",
+        "there is not enough room on the server's disk; delete finished jobs or try again later",
+        headers={"Retry-After": "60"},
+    )
 
 
 def too_large(limit: int) -> ProblemError:

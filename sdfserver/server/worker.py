@@ -7,6 +7,7 @@ asks the child to stop, then terminates it, then kills it. A child that dies cos
 nothing. A worker that was taken for dead while it was stopped finds that out at its next beat, and ends.
 """
 
+import errno
 import logging
 import multiprocessing
 import os
@@ -28,13 +29,14 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 
 from sdfserver.schemas import JobKind, JobOptions, MeshJobOptions, Problem
 from sdfserver.server import child
-from sdfserver.server.artifacts import POINTS, PREVIEW, ArtifactError, Artifacts, open_artifacts
+from sdfserver.server.artifacts import POINTS, PREVIEW, ArtifactError, open_artifacts
 from sdfserver.server.gpus import gpu_figures
 from sdfserver.server.liveness import Sight, Watch, identity, sight
 from sdfserver.server.logs import STEP, about
 from sdfserver.server.problems import problem
 from sdfserver.server.queue import JobQueue, take_jobs
 from sdfserver.server.settings import MIB, Settings
+from sdfserver.server.storage import prepare_storage, sweep
 from sdfserver.server.store import Attempt, Row, Store
 
 if TYPE_CHECKING:
@@ -247,11 +249,12 @@ class Worker:
                 self._give_back(job_id)
             except _NotOursError:
                 return None
-            except Exception:
+            except Exception as error:
                 log.exception("job %s failed in the worker", job_id)
                 if job_id in self._held:
-                    why = problem("internal", "the job failed for a reason on the server's side")
-                    self._fail(self._held[job_id].attempt, why)
+                    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+                    why = ("disk-full", child.DISK_FULL) if full else ("internal", child.INTERNAL)
+                    self._fail(self._held[job_id].attempt, problem(*why))
                 return None
 
     def _give_back(self, job_id: str) -> None:
@@ -682,28 +685,6 @@ def _processors() -> int:
         return min(cores, max(1, int(quota) // int(period)))
     except (OSError, ValueError):  # no cgroups of version 2, or a quota of "max"
         return cores
-
-
-def prepare_storage(settings: Settings, store: Store, artifacts: Artifacts) -> None:
-    """Make folders and tables where they are missing."""
-    prepare_database(settings, store)
-    artifacts.create()
-
-
-def prepare_database(settings: Settings, store: Store) -> None:
-    """Make tables where they are missing."""
-    settings.data_dir.mkdir(parents=True, exist_ok=True)
-    store.create_tables()
-    JobQueue.create_tables(settings.database)
-
-
-def sweep(settings: Settings, store: Store, queue: JobQueue, artifacts: Artifacts) -> None:
-    """Remove jobs whose time has come, and files that no job wants any more."""
-    over, forgotten = store.expire(settings.gone_seconds)
-    queue.forget(forgotten)
-    for job_id in over:
-        artifacts.remove(job_id)
-    artifacts.sweep(store.kept)
 
 
 def main(settings: Settings) -> None:

@@ -22,7 +22,7 @@ from fastapi import FastAPI
 from waiting import POSTGRES, QUICK, fresh_postgres, wait_until
 
 from sdfserver.server.app import create_app
-from sdfserver.server.artifacts import FIT_FILES, MESH_FILES, Artifacts
+from sdfserver.server.artifacts import FIT_FILES, MESH_FILES, Artifacts, seal
 from sdfserver.server.routes import Service
 from sdfserver.server.settings import Settings
 from sdfserver.server.store import Attempt, Store
@@ -142,6 +142,7 @@ class Api(httpx.Client):
             folder.mkdir()
             for name in names:
                 folder.joinpath(name).write_text(name)
+            seal(folder)
         assert self.store.update(attempt, fitted=attempt.number, seconds={"fit": seconds})
         assert self.store.publish(attempt, {"mesh": seconds}, keep_s)
 

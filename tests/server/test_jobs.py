@@ -9,7 +9,7 @@ from server.helpers import XYZ, Api, is_problem, until
 
 from sdfserver.server.artifacts import FIT_FILES
 from sdfserver.server.queue import JobQueue
-from sdfserver.server.worker import sweep
+from sdfserver.server.storage import sweep
 
 NOBODY = "0" * 32
 CALLS = (
