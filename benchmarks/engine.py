@@ -37,7 +37,7 @@ if "multiprocessing" in " ".join(sys.orig_argv):  # a job's process
 
     def fit(fits, done):
         for task, reporter in fits:
-            from sdfserver.reconstruct import Progress
+            from sdfserver.progress import Progress
             steps = 40
             for step in range(steps):
                 reporter.show(Progress(stage="fit", fraction=step / steps, step=step, steps=steps, losses={}))

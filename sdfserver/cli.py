@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from sdfserver import schemas
     from sdfserver.client import Job
     from sdfserver.cloud import PointCloud
-    from sdfserver.reconstruct import Progress
+    from sdfserver.progress import Progress
 
 USER_ERRORS = (CloudError, ConfigError, DeviceError, MissingDependencyError, OutputError)
 """What the user can mend: exit code 2."""

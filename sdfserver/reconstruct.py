@@ -6,7 +6,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -29,6 +29,7 @@ from sdfserver.mesh import (
     trim_to_points,
 )
 from sdfserver.metrics import cloud_to_mesh, mesh_health
+from sdfserver.progress import Progress as Progress
 from sdfserver.refine import RefineReport
 from sdfserver.sampling import sketch_rows
 from sdfserver.siren import Siren
@@ -41,20 +42,6 @@ MEASURED_POINTS = 300_000
 """Points of a larger cloud whose distance to the mesh is measured."""
 FIT_STAGES = ("prepare", "fit")
 MESH_STAGES = ("mesh", "measure")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """Where a reconstruction stands: `fraction` runs from 0 to 1 over all stages."""
-
-    stage: str
-    fraction: float
-    step: int | None = None
-    steps: int | None = None
-    losses: dict[str, float] = field(default_factory=dict)
-    tile: int | None = None
-    tiles: int | None = None
-    eta_s: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -32,6 +32,7 @@ from sdfserver.errors import (
     SdfServerError,
     Stopped,
 )
+from sdfserver.progress import Progress
 from sdfserver.schemas import JobOptions, MeshOptions
 from sdfserver.server.artifacts import CLOUD, FIELD, FIT_REPORT, MESH, PICTURE, POINTS, PREVIEW, REPORT, seal
 from sdfserver.server.logs import about, set_up_logging
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from sdfserver.cloud import PointCloud
     from sdfserver.field import SignedDistanceField
     from sdfserver.fit import FitProgress
-    from sdfserver.reconstruct import FieldJob, FittedField, Progress
+    from sdfserver.reconstruct import FieldJob, FittedField
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -340,7 +341,7 @@ def _open(task: FitTask, reporter: _Reporter) -> _Opened:
 
     from sdfserver.io import read_cloud
     from sdfserver.normals import prepare
-    from sdfserver.reconstruct import FIT_STAGES, Clock, FieldJob, Progress
+    from sdfserver.reconstruct import FIT_STAGES, Clock, FieldJob
 
     reporter.show(Progress(stage="prepare", fraction=0.0))
     options = task.options

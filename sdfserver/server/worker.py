@@ -22,11 +22,12 @@ from enum import Enum, auto
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import psutil
 from sqlalchemy.exc import DBAPIError, OperationalError
 
+from sdfserver.progress import Progress
 from sdfserver.schemas import JobKind, JobOptions, MeshJobOptions, Problem
 from sdfserver.server import child
 from sdfserver.server.artifacts import POINTS, PREVIEW, ArtifactError, open_artifacts
@@ -38,9 +39,6 @@ from sdfserver.server.queue import JobQueue, take_jobs
 from sdfserver.server.settings import MIB, Settings
 from sdfserver.server.storage import prepare_storage, sweep
 from sdfserver.server.store import Attempt, Row, Store
-
-if TYPE_CHECKING:
-    from sdfserver.reconstruct import Progress
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -628,7 +626,7 @@ class _Standing:
         self._eta: float | None = None
         self.preview: int | None = None if self._fits else row.preview
 
-    def see(self, progress: "Progress") -> None:
+    def see(self, progress: Progress) -> None:
         now = time.monotonic()
         if progress.step is None or progress.steps is None:
             self._eta = None if self._fits else progress.eta_s
@@ -640,7 +638,7 @@ class _Standing:
             mesh = per_step * progress.steps * MESH_PER_FIT if mesh is None else mesh
             self._eta = (progress.steps - progress.step) * per_step + mesh
 
-    def columns(self, progress: "Progress") -> dict[str, Any]:
+    def columns(self, progress: Progress) -> dict[str, Any]:
         fraction = progress.fraction
         if self._whole:
             fraction = FIT_SHARE * fraction if self._fits else FIT_SHARE + (1 - FIT_SHARE) * fraction

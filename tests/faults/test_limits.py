@@ -42,6 +42,7 @@ def test_a_job_over_its_memory_fails(host: Host) -> None:
 
 def test_torch_is_in_the_spawned_child_alone(host: Host) -> None:
     host.serve()
+    host.succeeds(host.submit())
     assert any("spawn_main" in word for word in host.child().cmdline())
     assert not any(_has_torch(process) for role in ("serve", "api", "worker") for process in host.processes(role))
     host.leaves_nothing_behind()

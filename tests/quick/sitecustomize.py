@@ -3,6 +3,7 @@
 It is a real fit, of a smaller network; what is tested here is what happens around it.
 """
 
+import os
 from dataclasses import replace
 from typing import cast
 
@@ -11,5 +12,10 @@ from sdfserver.config import PRESETS, FitConfig, NetworkConfig, PoolConfig, Pres
 cast(dict[str, Preset], PRESETS)["draft"] = replace(
     PRESETS["draft"],
     network=NetworkConfig(hidden=128, layers=3),
-    fit=FitConfig(steps=600, batch_surface=400, batch_space=400, pool=PoolConfig(size=10_000)),
+    fit=FitConfig(
+        steps=int(os.environ.get("QUICK_STEPS", "600")),
+        batch_surface=400,
+        batch_space=400,
+        pool=PoolConfig(size=10_000),
+    ),
 )
