@@ -155,6 +155,7 @@ def create_key(
         int | None,
         typer.Option(metavar="N", min=1, show_default="the server's limit", help="Most unfinished jobs of this key."),
     ] = None,
+    if_none: Annotated[bool, typer.Option("--if-none", help="Create it only where no key was ever made.")] = False,
     data_dir: DataDir = None,
 ) -> None:
     """Create a key and print it: it is not stored, and cannot be shown again.
@@ -163,7 +164,11 @@ def create_key(
     """
     from sdfserver.server.storage import open_store
 
-    key_id, secret = open_store(_settings(data_dir=data_dir)).create_key(name, max_jobs)
+    store = open_store(_settings(data_dir=data_dir))
+    made = store.create_first_key(name, max_jobs) if if_none else store.create_key(name, max_jobs)
+    if made is None:
+        return
+    key_id, secret = made
     _say(f"key {key_id} for {name}; keep it, it will not be shown again:")
     sys.stdout.write(secret + "\n")
 

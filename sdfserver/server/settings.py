@@ -74,6 +74,9 @@ class Settings(BaseSettings):
     gone_seconds: Annotated[float, Field(gt=0, description="how long a removed job then answers 410")] = 7 * 86_400.0
 
     beat_seconds: Annotated[float, Field(gt=0, description="how often a worker says that it is alive")] = 0.5
+    beat_file: Annotated[
+        Path | None, Field(description="file that a worker touches whenever it has said so: for a health check")
+    ] = None
     lease_seconds: Annotated[float, Field(gt=0, description="silence after which its job goes to another")] = 4.0
     sweep_seconds: Annotated[float, Field(gt=0, description="how often expired jobs and stray files are removed")] = 5.0
     drain_seconds: Annotated[float, Field(ge=0, description="how long a running job may go on after SIGTERM")] = 30.0

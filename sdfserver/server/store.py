@@ -573,13 +573,23 @@ class Store:
 
     def create_key(self, name: str, max_jobs: int | None = None) -> tuple[str, str]:
         """A new API key's id and its secret, which is not stored: only its hash is."""
-        key_id, secret = secrets.token_hex(4), f"sdf_{secrets.token_urlsafe(32)}"
         with self.engine.begin() as connection:
-            connection.execute(
-                sa.insert(api_keys).values(
-                    id=key_id, name=name, hash=_hash(secret), max_jobs=max_jobs, created_at=self.now
-                )
-            )
+            return self._add_key(connection, name, max_jobs)
+
+    def create_first_key(self, name: str, max_jobs: int | None = None) -> tuple[str, str] | None:
+        """A new API key, or None where one was made before: of several who ask at once, one gets it."""
+        with self.engine.begin() as connection:
+            if not self.sqlite:  # whose writers are serial as they are
+                connection.execute(sa.text("SELECT pg_advisory_xact_lock(7345295)"))
+            if connection.execute(sa.select(api_keys.c.id)).first() is not None:
+                return None
+            return self._add_key(connection, name, max_jobs)
+
+    def _add_key(self, connection: Connection, name: str, max_jobs: int | None) -> tuple[str, str]:
+        key_id, secret = secrets.token_hex(4), f"sdf_{secrets.token_urlsafe(32)}"
+        connection.execute(
+            sa.insert(api_keys).values(id=key_id, name=name, hash=_hash(secret), max_jobs=max_jobs, created_at=self.now)
+        )
         return key_id, secret
 
     def revoke_key(self, key_id: str) -> bool:

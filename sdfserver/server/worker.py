@@ -556,6 +556,8 @@ class Worker:
             try:
                 figures, self._figures = self._figures, None
                 alive = self._store.beat(self._id, figures)
+                if alive:
+                    self._show_beat()
             except Exception:
                 log.exception("the database does not answer")
                 alive = True  # the lease runs on by the database's own clock
@@ -563,6 +565,14 @@ class Worker:
                 log.warning("worker %s was taken for dead, and ends", self._id)
                 self._abandon()
             time.sleep(self._settings.beat_seconds)
+
+    def _show_beat(self) -> None:
+        """Touch the file at which a health check looks."""
+        if (path := self._settings.beat_file) is not None:
+            try:
+                path.touch()
+            except OSError as error:
+                log.error("beat_file %s cannot be touched: %s", path, error.strerror)
 
     def _keep_measuring(self) -> None:
         """Look at the GPU from time to time: the next beat tells the store."""

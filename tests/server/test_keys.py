@@ -4,12 +4,15 @@ import hashlib
 import socket
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import httpx
 import pytest
 import sqlalchemy as sa
-from server.helpers import XYZ, Api, App, Served, is_problem, running
+from server.helpers import XYZ, Api, App, Served, is_problem, postgres, running
 
 from sdfserver.errors import ConfigError
 from sdfserver.server.settings import Settings, load_settings
@@ -132,3 +135,33 @@ def test_a_public_address_needs_a_key_or_to_be_told(host: str, tmp_path: Path) -
 
 def test_the_default_address_is_loopback() -> None:
     assert socket.gethostbyname(load_settings().host) == "127.0.0.1"
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_if_none_makes_no_second_key(tmp_path: Path, first: bool) -> None:
+    made = run(tmp_path, "keys", "create", "first", "--if-none") if first else run(tmp_path, "keys", "create", "first")
+    assert made.returncode == 0, made.stderr
+    assert made.stdout.startswith("sdf_")
+    again = run(tmp_path, "keys", "create", "second", "--if-none")
+    assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
+    key_id = run(tmp_path, "keys", "list").stdout.split()[0]
+    run(tmp_path, "keys", "revoke", key_id)
+    assert run(tmp_path, "keys", "create", "third", "--if-none").stdout == ""
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_of_several_that_make_the_first_key_one_does(tmp_path: Path, kind: str) -> None:
+    with postgres() if kind == "postgresql" else nullcontext(f"sqlite:///{tmp_path}/keys.sqlite3") as url:
+        stores = [Store(url.replace("postgresql://", "postgresql+psycopg://")) for _ in range(6)]
+        stores[0].create_tables()
+        start = threading.Barrier(len(stores))
+
+        def create(store: Store) -> tuple[str, str] | None:
+            start.wait()
+            return store.create_first_key("first")
+
+        with ThreadPoolExecutor(len(stores)) as threads:
+            (made,) = filter(None, threads.map(create, stores))
+        assert [row.id for row in stores[0].list_keys()] == [made[0]]
+        for store in stores:
+            store.close()
