@@ -1,6 +1,7 @@
 #!/bin/sh
 # Runs sdfserver with the given arguments, in this very process. Before the first start that others could reach, it
-# creates an API key and prints it, once: with no key the server would refuse to start.
+# creates an API key and prints it, once, however many start at the same time: with no key the server would refuse to
+# start.
 set -eu
 
 needs_key() {
@@ -11,7 +12,10 @@ needs_key() {
 }
 
 if needs_key "$@"; then
-    keys=$(sdfserver keys list)
-    [ -n "$keys" ] || sdfserver keys create first >&2
+    sdfserver keys create first --if-none >&2
+fi
+# Nobody can ask a worker how it is: it touches a file, at which healthcheck.sh looks.
+if [ "${1-}" = worker ]; then
+    export SDFSERVER_BEAT_FILE="${SDFSERVER_BEAT_FILE-/tmp/sdfserver-beat}"
 fi
 exec sdfserver "$@"
