@@ -71,10 +71,11 @@ package() {
     pip wheel --no-deps --no-build-isolation --wheel-dir "$scratch" .
     into install --no-deps --no-index "$scratch"/*.whl
     into check
-    # Headers and archives of torch's are for those who compile against it.
+    # What torch has for those who compile against it, or change it.
     local torch
     torch=$(echo "$prefix"/lib/python3*/site-packages/torch)
-    rm -rf "$torch/include" "$torch/share/cmake" "$torch"/lib/*.a
+    rm -rf "$torch/include" "$torch/share/cmake" "$torch/test" "$torch"/lib/*.a
+    [ ! -d "$torch/bin" ] || find "$torch/bin" -mindepth 1 ! -name torch_shm_manager -delete
     "$prefix/bin/sdfserver" --version
 }
 

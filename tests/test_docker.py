@@ -32,6 +32,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+from s3 import s3_server
 from waiting import POSTGRES, fresh_postgres
 
 SCRIPTS = ["entrypoint.sh", "healthcheck.sh", "install.sh", "lock.sh"]
@@ -421,14 +422,16 @@ def test_without_a_gpu_none_is_asked_for(compose: Compose, tmp_path: Path, said_
 def test_what_env_has_reaches_interface_and_worker(compose: Compose, tmp_path: Path) -> None:
     example = (tmp_path / "docker/env.example").read_text(encoding="utf-8")
     filled = re.sub(r"(?m)^#([A-Z][A-Z_]*=)", r"\1", example)
-    assert filled.count("\nAWS_") == 5
+    assert filled.count("\nAWS_") == 4
     (tmp_path / "docker/.env").write_text(re.sub(r"(?m)=$", "=made-up", filled), encoding="utf-8")
     found = services(compose, "--profile", "s3")
     for name in ("api", "worker"):
         env = found[name]["environment"]
         assert env["SDFSERVER_ARTIFACTS_URL"] == "s3://sdfserver/jobs"
-        assert (env["AWS_ENDPOINT"], env["AWS_ALLOW_HTTP"]) == ("http://s3:7070", "true")
+        assert env["AWS_ENDPOINT_URL"] == "http://s3:7070"
         assert env["SDFSERVER_DATABASE_URL"].startswith("postgresql://sdfserver@192.0.2.10/")
+    (port,) = found["api"]["ports"]
+    assert (port["host_ip"], port["published"], port["target"]) == ("127.0.0.1", "8000", 8000)
     keys = found["s3"]["environment"]
     assert (keys["ROOT_ACCESS_KEY"], keys["ROOT_SECRET_KEY"]) == ("made-up", "made-up")
     # The bucket is a folder, and the prefix is in it.
@@ -982,9 +985,11 @@ def test_the_last_stage_has_what_it_runs_on_and_nothing_else(debian_root: Debian
     for command in ("cc", "gcc", "g++", "c++", "clang", "as", "ld", "make", "pip", "pip3", "hatchling"):
         for folder in ("usr/bin", "usr/local/bin", "opt/sdfserver/bin"):
             assert not os.path.lexists(root / folder / command), f"{folder}/{command}"
+    for unused in ("include", "test", "share/cmake"):
+        assert not list(root.glob(f"opt/sdfserver/lib/python3*/site-packages/torch/{unused}")), unused
     packages = {path.name.lower() for path in root.glob("opt/sdfserver/lib/python3*/site-packages/*")}
     assert {"torch", "sdfserver", "dbos"} <= packages
-    assert not {"pip", "hatchling", "torch-2"} & packages
+    assert not {"pip", "hatchling"} & packages
     for empty in ("usr/src", "mnt", "root/.cache", "var/lib/apt/lists"):
         assert not list((root / empty).glob("*")), empty
     assert not list(root.glob("var/cache/apt/archives/*.deb"))
@@ -999,8 +1004,8 @@ def test_the_last_stage_has_what_it_runs_on_and_nothing_else(debian_root: Debian
     for name, version in installed.items():
         if name != "sdfserver":
             assert Version(version).public in {one.version.public for one in entries[canonicalize_name(name)]}, name
-    size = subprocess.run(["du", "-sBM", root, root / "opt/sdfserver"], capture_output=True, text=True, check=True)
-    sys.stdout.write(size.stdout)
+    for folder in (root, root / "opt/sdfserver"):
+        sys.stdout.write(subprocess.run(["du", "-sBM", folder], capture_output=True, text=True, check=True).stdout)
 
 
 INSTALLED = """
@@ -1067,9 +1072,11 @@ def test_a_debian_root_serves_a_cloud_without_an_engine(debian_root: DebianRoot,
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_interface_and_worker_are_containers_of_their_own(debian_root: DebianRoot, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kept_in", ["a shared volume", "s3"])
+def test_interface_and_worker_are_containers_of_their_own(
+    debian_root: DebianRoot, data: Path, tmp_path: Path, kept_in: str
+) -> None:
     """Two interfaces that start at once on an empty PostgreSQL, and a worker that is killed in the midst of a job."""
-    volume = new_volume(tmp_path / "volume")
     logs = {name: tmp_path / f"{name}.log" for name in ("api-1", "api-2", "worker-1", "worker-2")}
     ports = [free_port(), free_port()]
     url, other_url = (f"http://127.0.0.1:{port}" for port in ports)
@@ -1079,11 +1086,18 @@ def test_interface_and_worker_are_containers_of_their_own(debian_root: DebianRoo
         if database is None:
             pytest.skip(f"no PostgreSQL at {POSTGRES}")
 
+        settings = {"SDFSERVER_DATABASE_URL": database}
+        if kept_in == "s3":
+            s3 = stack.enter_context(s3_server())
+            settings |= s3.environment | {"SDFSERVER_ARTIFACTS_URL": f"s3://{s3.bucket()}/jobs"}
+            volumes = {name: new_volume(tmp_path / f"volume-of-{name}") for name in logs}
+        else:
+            volumes = dict.fromkeys(logs, new_volume(tmp_path / "volume"))
+
         def start(name: str, **env: str) -> "subprocess.Popen[str]":
-            env |= {"SDFSERVER_DATABASE_URL": database}
             command = name.partition("-")[0]
             process: subprocess.Popen[str] = stack.enter_context(
-                debian_root.container(volume, logs[name], command, **env)
+                debian_root.container(volumes[name], logs[name], command, **settings, **env)
             )
             return process
 
@@ -1134,14 +1148,13 @@ def test_interface_and_worker_are_containers_of_their_own(debian_root: DebianRoo
         (tmp_path / "mesh.ply").write_bytes(mesh)
         check_mesh(tmp_path / "mesh.ply")
 
-        listed = debian_root.execute(
-            interfaces[0], ["/opt/sdfserver/bin/sdfserver", "keys", "list"], SDFSERVER_DATABASE_URL=database
-        )
+        listed = debian_root.execute(interfaces[0], ["/opt/sdfserver/bin/sdfserver", "keys", "list"], **settings)
         assert re.fullmatch(r"\w+  in use   first\n", listed.stdout), listed
         for process in (again, *interfaces):
             (first,) = children_of(process)
             os.kill(first, signal.SIGTERM)
-        for process in (again, *interfaces):
-            assert process.wait(STOP_SECONDS) == 0
+        assert again.wait(STOP_SECONDS) == 0
+        for process in interfaces:  # which end in order, and then by the signal that they were sent
+            assert process.wait(STOP_SECONDS) in (0, 128 + signal.SIGTERM)
     for log in logs.values():
         assert "Traceback" not in log.read_text(encoding="utf-8"), log
