@@ -21,7 +21,7 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sdfserver.server import page
+from sdfserver.server import page, tracing
 from sdfserver.server.abuse import Bounded, Guesses
 from sdfserver.server.artifacts import ArtifactError, open_artifacts
 from sdfserver.server.liveness import living
@@ -80,6 +80,7 @@ def create_app(settings: Settings) -> FastAPI:
         queue.close()
         store.close()
         artifacts.close()
+        await asyncio.to_thread(tracing.shut_down)
 
     app = FastAPIOffline(
         redoc_url=None,
@@ -95,6 +96,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(Bounded)
     app.add_middleware(Measured, metrics=metrics)
     app.add_middleware(_Identified)
+    if tracing.set_up("api"):
+        app.add_middleware(tracing.Traced)
     app.include_router(router)
     app.include_router(page.router)
     _add_service_routes(app, metrics)

@@ -46,7 +46,7 @@ from sdfserver.schemas import (
     SdfResponse,
     ServerLimits,
 )
-from sdfserver.server import fields
+from sdfserver.server import fields, tracing
 from sdfserver.server.abuse import Guesses, check_browser
 from sdfserver.server.artifacts import FIELD, MESH, PICTURE, POINTS, PREVIEW, REPORT, Artifacts, DamagedError, Found
 from sdfserver.server.liveness import living
@@ -328,6 +328,7 @@ def _new_job(options: JobOptions | MeshJobOptions, preset: str, source: str, **k
         resolution=_resolution(options, preset),
         priority=options.priority,
         request_id=subject("request"),
+        traceparent=tracing.traceparent(),
         request_hash=hashlib.sha256(f"{source}\n{json.dumps(plain, sort_keys=True)}".encode()).hexdigest(),
         **known,
     )
@@ -369,6 +370,7 @@ def _create(service: Service, owner: ApiKey, new: NewJob, response: Response, *,
     else:
         with about(job=row.id):
             log.log(STEP, "accepted: %s, %s, %d bytes", new.kind, new.preset, upload_bytes)
+    tracing.made(row.id)
     response.headers["Location"] = f"{JOBS}/{row.id}"
     return job_view(row, service.view.turns(row))
 

@@ -78,6 +78,8 @@ jobs = Table(
     Column("idempotency_key", String(255)),
     Column("request_hash", String(64)),
     Column("request_id", String(64)),  # of the HTTP request that made it, to join the logs by
+    Column("traceparent", String(55)),  # of that request's span, to join the spans of its work to
+    Column("step_at", Float),  # when the attempt at the step under way began
     UniqueConstraint("owner", "idempotency_key"),
     sa.Index("jobs_queue", "state", "priority", "seq"),
     sa.Index("jobs_owner", "owner", "seq"),
@@ -163,6 +165,7 @@ class NewJob:
     idempotency_key: str | None = None
     request_hash: str | None = None
     request_id: str | None = None
+    traceparent: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -447,6 +450,7 @@ class Store:
                     step=None,
                     steps=None,
                     eta_s=None,
+                    step_at=self.now,
                     started_at=sa.func.coalesce(jobs.c.started_at, self.now),
                 )
             )
@@ -460,6 +464,8 @@ class Store:
 
     def update(self, attempt: Attempt, **values: Any) -> bool:
         """Change columns of a job that the attempt holds. False, and nothing changed, if it does not."""
+        if "fitted" in values:  # with that the next step begins
+            values |= {"step_at": self.now}
         with self.engine.begin() as connection:
             changed = connection.execute(sa.update(jobs).where(_held(attempt)).values(**values)).rowcount == 1
             if changed:
@@ -497,8 +503,11 @@ class Store:
 
     def lose(
         self, job_id: str, dead_worker: str, max_attempts: int, died: Mapping[str, Any], expires_in: float
-    ) -> None:
-        """Put the job of a dead worker back into the queue, or fail it after `max_attempts` deaths."""
+    ) -> Row | None:
+        """Put the job of a dead worker back into the queue, or fail it after `max_attempts` deaths.
+
+        The job as it was; None if it was not that worker's any more.
+        """
         with self.engine.begin() as connection:
             row = connection.execute(
                 sa.select(jobs)
@@ -513,6 +522,7 @@ class Store:
                 )
                 self._event(connection, job_id)
                 self._add(connection, {("recoveries", ""): 1.0})
+            return row
 
     # Workers
 

@@ -29,7 +29,7 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 
 from sdfserver.progress import Progress
 from sdfserver.schemas import JobKind, JobOptions, MeshJobOptions, Problem
-from sdfserver.server import child
+from sdfserver.server import child, tracing
 from sdfserver.server.artifacts import POINTS, PREVIEW, ArtifactError, open_artifacts
 from sdfserver.server.gpus import gpu_figures
 from sdfserver.server.liveness import Sight, Watch, identity, sight
@@ -115,6 +115,7 @@ class _Turn:
     held: _Held
     task: child.FitTask | child.MeshTask
     alone: bool
+    trace: tracing.AttemptSpan
     end: End | None = None
     outcome: child.Outcome = _NOTHING
     error: BaseException | None = None
@@ -339,16 +340,23 @@ class Worker:
             asked = task(held.attempt)
             asked.folder.mkdir(parents=True, exist_ok=True)
             log.log(STEP, "attempt %d, %s: begins", held.attempt.number, asked.step)
-            end, outcome = self._take_turn(_Turn(row=row, held=held, task=asked, alone=alone))
+            trace = tracing.attempt(row, held.attempt, asked.step)
+            end, outcome = self._take_turn(_Turn(row=row, held=held, task=asked, alone=alone, trace=trace))
             log.log(STEP, "attempt %d, %s: %s", held.attempt.number, asked.step, end.name.lower())
             if end is End.DONE:
-                keep = partial(self._artifacts.keep, asked.folder, PurePath(row.name).stem)
-                self._insist(held.attempt, keep)
+                try:
+                    keep = partial(self._artifacts.keep, asked.folder, PurePath(row.name).stem)
+                    self._insist(held.attempt, keep)
+                except _NotOursError:
+                    trace.end("lost")
+                    raise
                 if done(held.attempt, outcome):
+                    trace.end("done")
                     return held.attempt
             if end is End.FAILED:
                 self._fail(held.attempt, problem(outcome.problem, outcome.detail))
             self._stay_if_leaving()
+            trace.end("lost" if end is End.DONE else end.name.lower(), outcome.problem)
             self._artifacts.discard(asked.folder)
             with self._beginning:
                 self._held.pop(row.id, None)
@@ -469,6 +477,7 @@ class Worker:
             self._artifacts.show(one.turn.task.folder, names, shown)
         else:
             one.latest = message.what
+            one.turn.trace.stage(message.what.stage)
             one.standing.see(message.what)
 
     def _look(self, running: _Child, number: int, watched: dict[int, "_Watched"], seconds: float) -> None:
@@ -609,7 +618,11 @@ class Worker:
         for job_id, worker in held:
             # In this order: cut off in between, it is found again and done again.
             queue.resume([job_id])
-            self._store.lose(job_id, worker, self._settings.max_attempts, _DIED, self._settings.retention_seconds)
+            lost = self._store.lose(
+                job_id, worker, self._settings.max_attempts, _DIED, self._settings.retention_seconds
+            )
+            if lost is not None:
+                tracing.lost(lost)
         if dead and not held:
             self._store.forget_workers(dead)
 
@@ -697,8 +710,10 @@ def _processors() -> int:
 
 def main(settings: Settings) -> None:
     """Run a worker until SIGTERM or SIGINT."""
+    tracing.set_up("worker")
     worker = Worker(settings)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: worker.stop())
     worker.run()
+    tracing.shut_down()
     os._exit(0)  # threads of the queue's would hold the process up

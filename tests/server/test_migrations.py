@@ -81,17 +81,21 @@ def test_the_last_version_is_the_last_file_and_the_stores_tables(engine: Engine)
     assert differences(engine) == []
 
 
-@pytest.mark.parametrize("written_down", [True, False], ids=["versioned", "from before versions"])
-def test_what_was_there_at_the_first_version_is_there_at_the_last(
-    engine: Engine, written_down: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("version", "written_down"),
+    [(FIRST, True), (FIRST, False), ("0002", True)],
+    ids=["the first", "from before versions", "the one before"],
+)
+def test_what_was_there_at_an_earlier_version_is_there_at_the_last(
+    engine: Engine, version: str, written_down: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    at_version(engine, FIRST, written_down=written_down, monkeypatch=monkeypatch)
-    assert migrate(engine) == (FIRST, HEAD)
+    at_version(engine, version, written_down=written_down, monkeypatch=monkeypatch)
+    assert migrate(engine) == (version, HEAD)
     assert differences(engine) == []
     store = Store(engine.url.render_as_string(hide_password=False))
     row = store.job("j1")
     assert row is not None
-    assert (row.name, row.progress, row.request_id) == ("a.ply", 0.5, None)
+    assert (row.name, row.progress, row.request_id, row.traceparent) == ("a.ply", 0.5, None, None)
     (worker,) = store.workers()
     assert (worker.id, worker.figures) == ("w1", None)
     # And it works: a new job comes after the old one.

@@ -9,7 +9,7 @@ from sqlalchemy.engine import Connection, Engine
 
 from sdfserver.errors import ConfigError
 
-FIRST, HEAD = "0001", "0002"
+FIRST, HEAD = "0001", "0003"
 """The version of databases from before there were versions, and the last one."""
 LOCK = 7345293
 """Of PostgreSQL's advisory locks the one for changing the schema."""

@@ -1,0 +1,264 @@
+"""Traces: what a collector is sent by a whole service, of a job that went well and of one whose worker was killed."""
+
+import itertools
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from faults.host import CLOUD, Host, until
+from waiting import fresh_postgres
+
+from sdfserver.schemas import JobState
+from sdfserver.server import tracing
+
+trace_service = pytest.importorskip("opentelemetry.proto.collector.trace.v1.trace_service_pb2")
+pytestmark = pytest.mark.timeout(900)
+ERROR = 2
+"""Of the statuses of a span."""
+SERVER, CONSUMER = 2, 5
+"""Of its kinds."""
+MOMENT_NS = 2_000_000
+"""Of a clock that counts in milliseconds beside one that counts in nanoseconds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """As the collector has it."""
+
+    trace: str
+    id: str
+    parent: str
+    name: str
+    kind: int
+    service: str
+    start: int
+    end: int
+    failed: bool
+    attributes: dict[str, Any]
+
+
+class Collector:
+    """Takes what exporters send, as OTLP over HTTP has it."""
+
+    def __init__(self) -> None:
+        self.spans: list[Span] = []
+        self.url = ""
+
+    def take(self, body: bytes) -> None:
+        for of_process in trace_service.ExportTraceServiceRequest.FromString(body).resource_spans:
+            about = _plain(of_process.resource.attributes)
+            for span in itertools.chain.from_iterable(scope.spans for scope in of_process.scope_spans):
+                self.spans.append(
+                    Span(
+                        trace=span.trace_id.hex(),
+                        id=span.span_id.hex(),
+                        parent=span.parent_span_id.hex(),
+                        name=span.name,
+                        kind=span.kind,
+                        service=about["service.name"],
+                        start=span.start_time_unix_nano,
+                        end=span.end_time_unix_nano,
+                        failed=span.status.code == ERROR,
+                        attributes=_plain(span.attributes),
+                    )
+                )
+
+    def of(self, trace: str) -> list[Span]:
+        """The spans of a trace, by when they began."""
+        return sorted((span for span in self.spans if span.trace == trace), key=lambda span: span.start)
+
+
+def _plain(attributes: Any) -> dict[str, Any]:
+    return {one.key: getattr(one.value, one.value.WhichOneof("value")) for one in attributes}
+
+
+@contextmanager
+def collecting() -> Iterator[Collector]:
+    """A collector on a free port."""
+    collector = Collector()
+
+    class _Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            assert self.headers["content-type"] == "application/x-protobuf"
+            body = self.rfile.read(int(self.headers["content-length"]))
+            assert self.path == "/v1/traces"
+            collector.take(body)
+            self.send_response(200)
+            self.send_header("content-type", "application/x-protobuf")
+            self.end_headers()
+            self.wfile.write(trace_service.ExportTraceServiceResponse().SerializeToString())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        collector.url = f"http://127.0.0.1:{server.server_address[1]}"
+        try:
+            yield collector
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.fixture
+def collector() -> Iterator[Collector]:
+    with collecting() as one:
+        yield one
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
+def host(request: pytest.FixtureRequest, tmp_path: Path, collector: Collector) -> Iterator[Host]:
+    """A service that traces; nothing runs yet."""
+    with fresh_postgres() as url:
+        if request.param == "postgresql" and url is None:
+            pytest.skip("no PostgreSQL on 127.0.0.1:5432")
+        host = Host(tmp_path, url if request.param == "postgresql" else None, processors=1)
+        host.environment["OTEL_EXPORTER_OTLP_ENDPOINT"] = collector.url
+        try:
+            yield host
+        finally:
+            host.close()
+
+
+ONE_POINT = b"0 0 1 0 0 1\n"
+"""No cloud that could be reconstructed."""
+
+
+def submit(host: Host, traceparent: str, cloud: bytes | None = None, name: str = "a.ply") -> str:
+    """A job whose client is in the middle of a trace."""
+    answer = httpx.post(
+        f"{host.client.url}/v1/jobs",
+        files={"cloud": (name, CLOUD.read_bytes() if cloud is None else cloud)},
+        data={"options": '{"preset": "draft", "resolution": 32}'},
+        headers={"traceparent": traceparent},
+        timeout=60,
+    )
+    assert answer.status_code == 202, answer.text
+    return str(answer.json()["id"])
+
+
+def shape(spans: list[Span]) -> list[tuple[str, str, str]]:
+    """Of each: the service, its name, and whose child it is."""
+    names = {span.id: span.name for span in spans}
+    assert len(names) == len(spans), "every span has an id of its own"
+    return [(span.service, names.get(span.parent, span.parent), span.name) for span in spans]
+
+
+STAGES = {"fit": ["prepare", "fit"], "mesh": ["mesh", "measure"]}
+THE_CLIENTS = "00f067aa0ba902b7"
+REQUEST = "POST /v1/jobs"
+
+
+def test_a_job_is_one_trace_from_its_clients_span_to_the_stages_also_when_its_worker_is_killed(
+    host: Host, collector: Collector
+) -> None:
+    host.serve()
+    good, hit, unasked = f"{1:032x}", f"{2:032x}", f"{3:032x}"
+    first = submit(host, f"00-{good}-{THE_CLIENTS}-01")
+    assert host.succeeds(first).attempt == 1
+    second = submit(host, f"00-{hit}-{THE_CLIENTS}-01")
+    host.fitting(second)
+    unsampled = submit(host, f"00-{unasked}-{THE_CLIENTS}-00", ONE_POINT, "a.xyz")
+    until(lambda: any(span.trace == hit and span.name == "prepare" for span in collector.spans))  # a second at most
+    killed = host.row(second).worker
+    host.kill(host.process("worker"))
+    row = host.succeeds(second)
+    assert (row.attempt, row.deaths) == (2, 1)
+    host.fails(unsampled, "cloud")
+    host.leaves_nothing_behind()
+
+    spans = collector.of(good)
+    api, worker = "sdfserver-api", "sdfserver-worker"
+    assert shape(spans) == [
+        (api, THE_CLIENTS, REQUEST),
+        (worker, REQUEST, "wait"),
+        (worker, REQUEST, "fit attempt 1"),
+        *((worker, "fit attempt 1", stage) for stage in STAGES["fit"]),
+        (worker, REQUEST, "mesh attempt 1"),
+        *((worker, "mesh attempt 1", stage) for stage in STAGES["mesh"]),
+    ]
+    by_name = {span.name: span for span in spans}
+    request, attempt = by_name[REQUEST], by_name["fit attempt 1"]
+    assert (request.kind, attempt.kind) == (SERVER, CONSUMER)
+    assert request.attributes["http.response.status_code"] == 202
+    assert request.attributes["http.route"] == "/v1/jobs"
+    assert {span.attributes["sdfserver.job.id"] for span in (request, by_name["wait"], attempt)} == {first}
+    assert request.attributes["sdfserver.request.id"] == host.row(first).request_id
+    ends = {"sdfserver.attempt": 1, "sdfserver.preset": "draft", "sdfserver.end": "done"}
+    for name in ("fit attempt 1", "mesh attempt 1"):
+        expected = ends | {"sdfserver.worker.id": host.row(first).worker}
+        assert expected.items() <= by_name[name].attributes.items()
+    assert not any(span.failed for span in spans)
+
+    retried = collector.of(hit)
+    shown = shape(retried)
+    assert shown[:3] == [(api, THE_CLIENTS, REQUEST), (worker, REQUEST, "wait"), (worker, REQUEST, "fit attempt 1")]
+    assert [(parent, name) for _, parent, name in shown[3:]] == [
+        ("fit attempt 1", "prepare"),  # the stage that was cut off has no end, and nobody to tell of it
+        (REQUEST, "fit attempt 2"),
+        *(("fit attempt 2", stage) for stage in STAGES["fit"]),
+        (REQUEST, "mesh attempt 2"),
+        *(("mesh attempt 2", stage) for stage in STAGES["mesh"]),
+    ]
+    by_name = {span.name: span for span in retried}
+    died = by_name["fit attempt 1"]
+    assert died.failed
+    assert (died.attributes["sdfserver.end"], died.attributes["sdfserver.worker.id"]) == ("died", killed)
+    assert died.end <= by_name["fit attempt 2"].start + MOMENT_NS
+    assert by_name["fit attempt 2"].attributes["sdfserver.end"] == "done"
+
+    for trace in (spans, retried):
+        parents = {span.id: span for span in trace}
+        for span in trace:
+            assert span.start <= span.end
+            parent = parents.get(span.parent)
+            if parent is not None:
+                assert span.start >= parent.start - MOMENT_NS
+                if parent.name != REQUEST:  # what waits or is computed outlasts the request that asked for it
+                    assert span.end <= parent.end + MOMENT_NS
+    assert collector.of(unasked) == []
+    # Nobody traces probes; other requests are traces of their own.
+    assert all(span.name.partition(" ")[2].startswith("/v1/") for span in collector.spans if span.kind == SERVER)
+
+
+def test_a_job_that_fails_or_goes_back_says_so(host: Host, collector: Collector) -> None:
+    serving = host.serve(drain_seconds=0)
+    failing, returning = f"{4:032x}", f"{5:032x}"
+    bad = submit(host, f"00-{failing}-{THE_CLIENTS}-01", ONE_POINT, "a.xyz")
+    host.fails(bad, "cloud")
+    back = submit(host, f"00-{returning}-{THE_CLIENTS}-01")
+    host.fitting(back)
+    host.stop(serving)
+    assert host.row(back).state == JobState.QUEUED
+    (failed,) = [span for span in collector.of(failing) if span.name == "fit attempt 1"]
+    assert (failed.failed, failed.attributes["sdfserver.end"], failed.attributes["error.type"]) == (
+        True, "failed", "cloud"
+    )  # fmt: skip
+    (released,) = [span for span in collector.of(returning) if span.name == "fit attempt 1"]
+    assert (released.failed, released.attributes["sdfserver.end"]) == (False, "released")
+
+
+def test_a_collector_that_is_not_there_holds_nobody_up(host: Host, collector: Collector) -> None:
+    host.environment["OTEL_EXPORTER_OTLP_ENDPOINT"] = "http://127.0.0.1:9"
+    serving = host.serve()
+    host.fails(submit(host, f"00-{6:032x}-{THE_CLIENTS}-01", ONE_POINT, "a.xyz"), "cloud")
+    host.stop(serving)
+    assert not host.processes()
+    assert "Traceback" not in host.said()
+    assert len(host.said().splitlines()) < 20, "it is said, and not again and again"
+    assert collector.spans == []
+
+
+def test_nothing_is_imported_or_kept_where_nobody_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in tracing.ENDPOINTS:
+        monkeypatch.delenv(name, raising=False)
+    assert tracing.set_up("api") is False
+    assert tracing.traceparent() is None
