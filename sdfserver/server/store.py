@@ -31,6 +31,9 @@ _PATIENCE = {
 }
 """How long, in seconds and milliseconds, PostgreSQL may stay silent before a connection is given up: without it a cut
 cable would hold a query for a quarter of an hour."""
+IDLE_SECONDS = 8
+"""How long a transaction may rest before PostgreSQL ends it: a worker that is stopped in the middle of one holds locks
+that whoever recovers its job waits for, and nobody else can end it where it is on another host."""
 STAGE_BUCKETS = (0.1, 0.5, 1, 2, 5, 10, 20, 60, 300, 1800)
 """Upper bounds, in seconds, of the buckets in which stages of jobs are counted."""
 TYPICAL_OF = 10
@@ -204,6 +207,7 @@ class Store:
             self.engine = self._reader = sa.create_engine(
                 url, pool_size=10, max_overflow=20, pool_pre_ping=True, connect_args=_PATIENCE
             )
+            sa.event.listen(self.engine, "connect", _limit_idleness)
             self.now = sa.literal_column("extract(epoch from clock_timestamp())::float8", sa.Float)
 
     def create_tables(self) -> tuple[str | None, str]:
@@ -724,6 +728,11 @@ def _held(attempt: Attempt) -> sa.ColumnElement[bool]:
 def _hash(secret: str) -> str:
     # The secrets are 256 random bits: a slow hash would add nothing.
     return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def _limit_idleness(connection: Any, _record: Any) -> None:
+    connection.execute(f"SET idle_in_transaction_session_timeout = '{IDLE_SECONDS}s'")
+    connection.commit()
 
 
 def _sqlite_engine(url: str, begin: str) -> Engine:

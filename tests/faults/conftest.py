@@ -15,8 +15,7 @@ def host(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Host]:
         database = getattr(request, "param", "sqlite")
         if database == "postgresql" and url is None:
             pytest.skip("no PostgreSQL on 127.0.0.1:5432")
-        # One processor: two threads of a fit wait for each other all the time where others use the second one.
-        host = Host(tmp_path, url if database == "postgresql" else None, processors=1)
+        host = Host(tmp_path, url if database == "postgresql" else None)
         try:
             yield host
         finally:

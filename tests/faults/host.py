@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import numpy as np
 import psutil
+import psycopg
 from waiting import QUICK, wait_until
 
 from sdfserver.client import Client
@@ -38,9 +39,7 @@ class Host:
     Its processes are known by their environment, so that those whose parent was killed are found as well.
     """
 
-    def __init__(
-        self, folder: Path, database_url: str | None = None, *, processors: int | None = None, **settings: Any
-    ) -> None:
+    def __init__(self, folder: Path, database_url: str | None = None, **settings: Any) -> None:
         self.data = folder / "data"
         self.log = folder / "log.txt"
         self.artifacts = Artifacts(self.data)
@@ -55,7 +54,6 @@ class Host:
         self.database = (database_url or sqlite).replace("postgresql://", "postgresql+psycopg://")
         self.client = Client(f"http://127.0.0.1:{self.port}", timeout_s=PATIENCE_S, retry_s=PATIENCE_S)
         self._store: Store | None = None
-        self._processors = sorted(os.sched_getaffinity(0))[:processors]
         self._started: list[subprocess.Popen[bytes]] = []
 
     # Processes
@@ -71,7 +69,6 @@ class Host:
                 stderr=stream,
             )
         self._started.append(started)
-        os.sched_setaffinity(started.pid, self._processors)  # its children's too
         return psutil.Process(started.pid)
 
     def serve(self, **settings: Any) -> psutil.Process:
@@ -124,26 +121,33 @@ class Host:
         return at
 
     def freeze(self, process: psutil.Process, *, writing: bool = False) -> None:
-        """SIGSTOP; in the middle of a write of SQLite's, whose lock stops everybody else as well, or not then."""
+        """SIGSTOP; in the middle of a write, whose lock stops others as well, or not then.
+
+        SQLite's stops all who write; PostgreSQL's those who write the same rows: here all who look after this worker.
+        """
         while True:
             process.suspend()
-            if self._unlocked(timeout_s=2.0) is not writing and process.status() == psutil.STATUS_STOPPED:
+            if process.status() == psutil.STATUS_STOPPED and self._unlocked(timeout_s=2.0) is not writing:
                 return
             process.resume()
             time.sleep(0.003 if writing else 0.05)
 
     def _unlocked(self, timeout_s: float) -> bool:
-        if not self.store.sqlite:
-            return True
         try:
             with self.writing(timeout_s):
                 return True
-        except sqlite3.OperationalError:
+        except (sqlite3.OperationalError, psycopg.errors.LockNotAvailable):
             return False
 
     @contextmanager
     def writing(self, timeout_s: float = PATIENCE_S) -> Iterator[None]:
-        """Holds SQLite's lock: nobody else writes meanwhile."""
+        """Holds SQLite's lock, or PostgreSQL's on our tables: nobody else writes meanwhile."""
+        if not self.store.sqlite:
+            with psycopg.connect(self.database.replace("+psycopg", "")) as locking:
+                locking.execute(f"SET lock_timeout = {round(timeout_s * 1000)}")  # type: ignore[call-overload]
+                locking.execute("LOCK TABLE workers, jobs IN SHARE ROW EXCLUSIVE MODE")
+                yield
+            return
         connection = sqlite3.connect(self.data / "sdfserver.sqlite3", timeout=timeout_s, isolation_level=None)
         try:
             connection.execute("BEGIN IMMEDIATE")

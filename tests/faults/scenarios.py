@@ -1,18 +1,25 @@
 """What is done to a service: each scenario takes a fresh Host, harms it in mid-job, and sees the job run again.
 
+Those of several hosts take the PostgreSQL server that they share, and another host, as well.
+
 Used by the tests, which then look at how it ends, and by benchmarks/recovery.py, which prints the seconds.
 """
 
+import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import httpx
 import psutil
-from faults.host import Host, until
+from faults.cluster import Cluster, Elsewhere
+from faults.host import CLOUD, Host, until
 
+from sdfserver.client import Client
 from sdfserver.schemas import JobState
+from sdfserver.server.liveness import this_host
 
 
 @dataclass(frozen=True)
@@ -108,12 +115,12 @@ def everything_killed(host: Host) -> Recovery:
     return Recovery(jobs, host.running(jobs[0], 2) - started)
 
 
-def fitting_beside_another(host: Host, **settings: Any) -> tuple[str, psutil.Process]:
+def fitting_beside_another(host: Host, preset: str = "draft", **settings: Any) -> tuple[str, psutil.Process]:
     """A job in mid-fit, and the one of two workers that has it; nobody watches over them."""
     host.start("api", **settings)
     host.start("worker", **settings)
     host.ready()
-    job = host.submit()
+    job = host.submit(preset=preset)
     host.fitting(job)
     first = host.process("worker")
     host.start("worker", **settings)
@@ -129,18 +136,20 @@ def worker_frozen(host: Host, **settings: Any) -> tuple[Recovery, psutil.Process
     return Recovery([job], host.running(job, 2) - harmed), first
 
 
-def worker_frozen_writing(host: Host, *, supervised: bool, **settings: Any) -> Recovery:
-    """SIGSTOP of a worker that holds SQLite's lock: nobody else can write until it is killed."""
+def worker_frozen_writing(host: Host, *, supervised: bool, **settings: Any) -> tuple[Recovery, psutil.Process]:
+    """SIGSTOP of a worker in mid-write: others cannot write until it is killed, or PostgreSQL has had enough of it."""
+    # PostgreSQL's locks last but a moment: to catch one takes many trials.
+    preset = "draft" if host.store.sqlite else "standard"
     if supervised:
         host.serve(**settings)
-        job = host.submit()
+        job = host.submit(preset=preset)
         host.fitting(job)
         first = host.process("worker")
     else:
-        job, first = fitting_beside_another(host, **settings)
+        job, first = fitting_beside_another(host, preset=preset, **settings)
     host.freeze(first, writing=True)
     harmed = time.monotonic()
-    return Recovery([job], host.running(job, 2) - harmed)
+    return Recovery([job], host.running(job, 2) - harmed), first
 
 
 def drained_and_started(host: Host) -> Recovery:
@@ -166,6 +175,90 @@ def cancelled(host: Host) -> Recovery:
     return Recovery(jobs, host.running(jobs[1], 1) - harmed)
 
 
+# Several hosts
+
+
+def fitting_elsewhere(site: Host, database: Cluster, far: Elsewhere) -> tuple[str, psutil.Process]:
+    """A job in mid-fit on another host, and what runs the worker there; a worker of this host has nothing to do."""
+    site.start("api")
+    there = site.start("worker", prefix=far.prefix, database_url=database.url(far.address))
+    site.ready()
+    job = site.submit()
+    site.fitting(job)
+    assert {row.host for row in site.store.workers()} != {this_host()}
+    site.start("worker")
+    site.ready(workers=2)
+    return job, there
+
+
+def host_lost(site: Host, database: Cluster, far: Elsewhere) -> Recovery:
+    """The host that runs the job is gone, without a word."""
+    job, there = fitting_elsewhere(site, database, far)
+    far.cut()
+    there.kill()  # nobody on this host can see that
+    harmed = time.monotonic()
+    return Recovery([job], site.running(job, 2) - harmed)
+
+
+def network_cut(site: Host, database: Cluster, far: Elsewhere) -> tuple[Recovery, psutil.Process]:
+    """The host that runs the job is cut off, and goes on with it."""
+    job, there = fitting_elsewhere(site, database, far)
+    far.cut()
+    harmed = time.monotonic()
+    return Recovery([job], site.running(job, 2) - harmed), there
+
+
+def database_restarted(site: Host, database: Cluster, mode: str) -> Recovery:
+    """PostgreSQL stops in mid-job, in order ("fast") or as in a crash ("immediate"); the seconds are from its start."""
+    site.start("api")
+    site.start("worker")
+    site.ready()
+    jobs = [site.submit(seed=i) for i in range(2)]
+    site.fitting(jobs[0])
+    database.stop(mode)
+    answer = httpx.get(f"{site.client.url}/v1/jobs/{jobs[0]}", timeout=60)
+    assert (answer.status_code, answer.json()["type"]) == (503, "urn:sdfserver:problem:not-ready")
+    time.sleep(3)
+    database.start()
+    started = time.monotonic()
+    seconds = site.running(jobs[0], 2) - started
+
+    def answers() -> bool:
+        with suppress(httpx.HTTPError):
+            return httpx.get(f"{site.client.url}/v1/jobs/{jobs[0]}", timeout=60).is_success
+        return False
+
+    until(answers)
+    return Recovery(jobs, seconds)
+
+
+def one_of_each_killed(site: Host, jobs: int) -> Recovery:
+    """Two APIs and four workers, and SIGKILL of an API and of a worker that has a job: the seconds until that runs."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    site.start("api")
+    second = site.start("api", port=port)
+    for _ in range(4):
+        site.start("worker")
+    site.ready(workers=4)
+    with Client(f"http://127.0.0.1:{port}", timeout_s=60, retry_s=60) as other:
+        posted = [site.submit(seed=i) for i in range(jobs // 2)]
+        posted += [other.submit(CLOUD, preset="draft", resolution=32, seed=i).id for i in range(jobs - len(posted))]
+    hit = site.fitting(posted[0]).worker
+    (worker,) = [psutil.Process(row.pid) for row in site.store.workers() if row.id == hit]
+    harmed = site.kill(worker, second)
+    return Recovery(posted, site.running(posted[0], 2) - harmed)
+
+
+HOSTS_SCENARIOS: dict[str, Callable[[Host, Cluster, Elsewhere], Recovery]] = {
+    "host with the job lost for good, beside another": host_lost,
+    "host with the job cut off, beside another": lambda site, database, far: network_cut(site, database, far)[0],
+    "database stopped in order, from its new start": lambda site, database, _: database_restarted(
+        site, database, "fast"
+    ),
+    "database crashed, from its new start": lambda site, database, _: database_restarted(site, database, "immediate"),
+    "one of two APIs and one of four workers killed": lambda site, *_: one_of_each_killed(site, 3),
+}
 SCENARIOS: dict[str, Callable[[Host], Recovery]] = {
     "worker's child killed in mid-fit": child_killed,
     "worker's child killed while meshing": child_killed_in_mesh,
@@ -173,6 +266,7 @@ SCENARIOS: dict[str, Callable[[Host], Recovery]] = {
     "worker killed while meshing": worker_killed_in_mesh,
     "worker killed while publishing": worker_killed_publishing,
     "worker frozen past its lease, beside another": lambda host: worker_frozen(host)[0],
+    "worker frozen in mid-write, beside another": lambda host: worker_frozen_writing(host, supervised=False)[0],
     "everything killed, from the new start": everything_killed,
     "SIGTERM with no time to finish, from the new start": drained_and_started,
     "API killed, until it answers": api_killed,

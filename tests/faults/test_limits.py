@@ -3,6 +3,7 @@
 import psutil
 import pytest
 from faults import scenarios
+from faults.databases import on_both, on_both_slowly
 from faults.host import Host
 
 from sdfserver.schemas import JobState
@@ -11,7 +12,7 @@ pytestmark = pytest.mark.timeout(1800)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("host", ["sqlite", "postgresql"], indirect=True)
+@on_both
 def test_cancelling_a_running_fit_frees_the_worker(host: Host) -> None:
     stopped, following = scenarios.cancelled(host).jobs
     assert host.row(stopped).state == JobState.CANCELLED
@@ -22,6 +23,7 @@ def test_cancelling_a_running_fit_frees_the_worker(host: Host) -> None:
 
 
 @pytest.mark.slow
+@on_both
 def test_a_job_over_its_seconds_fails_and_the_next_one_runs(host: Host) -> None:
     host.serve()
     late, good = host.submit(preset="standard", max_seconds=2), host.submit()
@@ -32,6 +34,7 @@ def test_a_job_over_its_seconds_fails_and_the_next_one_runs(host: Host) -> None:
     host.leaves_nothing_behind()
 
 
+@on_both_slowly
 def test_a_job_over_its_memory_fails(host: Host) -> None:
     host.serve(max_child_bytes=256 * 2**20)  # less than torch takes
     row = host.fails(host.submit(preset="standard"), "memory")
