@@ -5,10 +5,7 @@ thread: two would wait for each other all the time where others use the second c
 """
 
 import os
-<<<<<<< HEAD
-=======
 import sys
->>>>>>> f2f00ca (A worker that is stopped in mid-write holds no lock of PostgreSQL's for longer than 8 s; every survival test has a run on PostgreSQL; faults of several hosts are scenarios, whose seconds the benchmark measures; workers of tests compute on one thread and start on both cores)
 from dataclasses import replace
 from typing import cast
 
