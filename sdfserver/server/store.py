@@ -31,7 +31,7 @@ _PATIENCE = {
 }
 """How long, in seconds and milliseconds, PostgreSQL may stay silent before a connection is given up: without it a cut
 cable would hold a query for a quarter of an hour."""
-IDLE_SECONDS = 8
+IDLE_SECONDS = 10
 """How long a transaction may rest before PostgreSQL ends it: a worker that is stopped in the middle of one holds locks
 that whoever recovers its job waits for, and nobody else can end it where it is on another host."""
 STAGE_BUCKETS = (0.1, 0.5, 1, 2, 5, 10, 20, 60, 300, 1800)

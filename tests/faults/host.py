@@ -123,14 +123,26 @@ class Host:
     def freeze(self, process: psutil.Process, *, writing: bool = False) -> None:
         """SIGSTOP; in the middle of a write, whose lock stops others as well, or not then.
 
-        SQLite's stops all who write; PostgreSQL's those who write the same rows: here all who look after this worker.
+        SQLite's stops all who write; PostgreSQL's those who write the same row: here all who would recover the job.
         """
+        if writing and not self.store.sqlite:
+            self._freeze_in_transaction(process)
+            return
         while True:
             process.suspend()
             if process.status() == psutil.STATUS_STOPPED and self._unlocked(timeout_s=2.0) is not writing:
                 return
             process.resume()
             time.sleep(0.003 if writing else 0.05)
+
+    def _freeze_in_transaction(self, process: psutil.Process) -> None:
+        """SIGSTOP when it has written the job's progress, and waits to write the event that goes with it."""
+        with psycopg.connect(self.database.replace("+psycopg", "")) as locking:
+            locking.execute("LOCK TABLE job_events IN SHARE MODE")
+            waiting = "SELECT 1 FROM pg_locks WHERE relation = 'job_events'::regclass AND NOT granted"
+            until(lambda: locking.execute(waiting).fetchone())
+            process.suspend()
+            until(lambda: process.status() == psutil.STATUS_STOPPED)
 
     def _unlocked(self, timeout_s: float) -> bool:
         try:

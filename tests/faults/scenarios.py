@@ -115,12 +115,12 @@ def everything_killed(host: Host) -> Recovery:
     return Recovery(jobs, host.running(jobs[0], 2) - started)
 
 
-def fitting_beside_another(host: Host, preset: str = "draft", **settings: Any) -> tuple[str, psutil.Process]:
+def fitting_beside_another(host: Host, **settings: Any) -> tuple[str, psutil.Process]:
     """A job in mid-fit, and the one of two workers that has it; nobody watches over them."""
     host.start("api", **settings)
     host.start("worker", **settings)
     host.ready()
-    job = host.submit(preset=preset)
+    job = host.submit()
     host.fitting(job)
     first = host.process("worker")
     host.start("worker", **settings)
@@ -138,15 +138,13 @@ def worker_frozen(host: Host, **settings: Any) -> tuple[Recovery, psutil.Process
 
 def worker_frozen_writing(host: Host, *, supervised: bool, **settings: Any) -> tuple[Recovery, psutil.Process]:
     """SIGSTOP of a worker in mid-write: others cannot write until it is killed, or PostgreSQL has had enough of it."""
-    # PostgreSQL's locks last but a moment: to catch one takes many trials.
-    preset = "draft" if host.store.sqlite else "standard"
     if supervised:
         host.serve(**settings)
-        job = host.submit(preset=preset)
+        job = host.submit()
         host.fitting(job)
         first = host.process("worker")
     else:
-        job, first = fitting_beside_another(host, preset=preset, **settings)
+        job, first = fitting_beside_another(host, **settings)
     host.freeze(first, writing=True)
     harmed = time.monotonic()
     return Recovery([job], host.running(job, 2) - harmed), first

@@ -15,7 +15,7 @@ def test_a_job_is_done_then_gone_then_forgotten(tmp_path: Path, data: Path) -> N
             database_url=url,
             min_free_bytes=0,
             retention_seconds=4,
-            gone_seconds=4,
+            gone_seconds=2,
             sweep_seconds=0.5,
         ) as server,
         httpx.Client(base_url=server.url, timeout=PATIENCE_S) as client,

@@ -12,8 +12,6 @@ from server.helpers import Served, until
 from sdfserver.server.settings import Settings
 from sdfserver.server.store import Store, jobs
 
-MAX_EXAMPLES = 20
-"""Requests per call and phase: enough for the known kinds of mistake, few enough for every run of the tests."""
 CONFIG = """
 [checks]
 # Jobs that one request removed are gone (410) for the next, be that right or wrong otherwise.
@@ -36,7 +34,9 @@ checks.positive_data_acceptance.expected-statuses = ["2xx", "404", "409", "410",
 
 
 @pytest.mark.timeout(290)
-def test_schemathesis_finds_no_fault(served: Served, tmp_path: Path) -> None:
+@pytest.mark.parametrize("examples", [6, pytest.param(20, marks=pytest.mark.slow)])
+def test_schemathesis_finds_no_fault(served: Served, tmp_path: Path, examples: int) -> None:
+    """With so many requests per call and phase."""
     config = tmp_path / "schemathesis.toml"
     config.write_text(CONFIG)
     store = Store(Settings(data_dir=served.server.folder / "data").database)
@@ -56,7 +56,7 @@ def test_schemathesis_finds_no_fault(served: Served, tmp_path: Path) -> None:
                 "--header", f"Authorization: Bearer {secret}",
                 "--checks", "all",
                 "--phases", "examples,coverage,fuzzing,stateful",
-                "--max-examples", str(MAX_EXAMPLES),
+                "--max-examples", str(examples),
                 "--seed", "1",
                 "--request-timeout", "30",
                 "--no-color",

@@ -120,7 +120,7 @@ def host(request: pytest.FixtureRequest, tmp_path: Path, collector: Collector) -
     with fresh_postgres() as url:
         if request.param == "postgresql" and url is None:
             pytest.skip("no PostgreSQL on 127.0.0.1:5432")
-        host = Host(tmp_path, url if request.param == "postgresql" else None, processors=1)
+        host = Host(tmp_path, url if request.param == "postgresql" else None)
         host.environment["OTEL_EXPORTER_OTLP_ENDPOINT"] = collector.url
         try:
             yield host
@@ -157,95 +157,99 @@ THE_CLIENTS = "00f067aa0ba902b7"
 REQUEST = "POST /v1/jobs"
 
 
-def test_a_job_is_one_trace_from_its_clients_span_to_the_stages_also_when_its_worker_is_killed(
-    host: Host, collector: Collector
-) -> None:
+API, WORKER = "sdfserver-api", "sdfserver-worker"
+
+
+def attempt(number: int, *steps: str) -> list[tuple[str, str, str]]:
+    """The shape of an attempt at steps that it finished."""
+    spans = []
+    for step in steps:
+        name = f"{step} attempt {number}"
+        spans += [(WORKER, REQUEST, name), *((WORKER, name, stage) for stage in STAGES[step])]
+    return spans
+
+
+def are_nested(spans: list[Span]) -> None:
+    """Every span lies within its parent, but for what outlasts the request that asked for it."""
+    parents = {span.id: span for span in spans}
+    for span in spans:
+        assert span.start <= span.end
+        parent = parents.get(span.parent)
+        if parent is not None:
+            assert span.start >= parent.start - MOMENT_NS
+            if parent.name != REQUEST:
+                assert span.end <= parent.end + MOMENT_NS
+
+
+def test_a_job_whose_worker_is_killed_is_one_trace_with_both_attempts(host: Host, collector: Collector) -> None:
     host.serve()
-    good, hit, unasked = f"{1:032x}", f"{2:032x}", f"{3:032x}"
-    first = submit(host, f"00-{good}-{THE_CLIENTS}-01")
-    assert host.succeeds(first).attempt == 1
-    second = submit(host, f"00-{hit}-{THE_CLIENTS}-01")
-    host.fitting(second)
-    unsampled = submit(host, f"00-{unasked}-{THE_CLIENTS}-00", ONE_POINT, "a.xyz")
-    until(lambda: any(span.trace == hit and span.name == "prepare" for span in collector.spans))  # a second at most
-    killed = host.row(second).worker
+    trace, failing, unasked = (f"{i:032x}" for i in range(1, 4))
+    job = submit(host, f"00-{trace}-{THE_CLIENTS}-01")
+    host.fitting(job)
+    bad, unsampled = (
+        submit(host, f"00-{other}-{THE_CLIENTS}-{flags}", ONE_POINT, "a.xyz")
+        for other, flags in ((failing, "01"), (unasked, "00"))
+    )
+    until(lambda: any(span.trace == trace and span.name == "prepare" for span in collector.spans))  # a second at most
+    killed = host.row(job).worker
     host.kill(host.process("worker"))
-    row = host.succeeds(second)
+    row = host.succeeds(job)
     assert (row.attempt, row.deaths) == (2, 1)
-    host.fails(unsampled, "cloud")
+    for other in (bad, unsampled):
+        host.fails(other, "cloud")
     host.leaves_nothing_behind()
 
-    spans = collector.of(good)
-    api, worker = "sdfserver-api", "sdfserver-worker"
+    spans = collector.of(trace)
     assert shape(spans) == [
-        (api, THE_CLIENTS, REQUEST),
-        (worker, REQUEST, "wait"),
-        (worker, REQUEST, "fit attempt 1"),
-        *((worker, "fit attempt 1", stage) for stage in STAGES["fit"]),
-        (worker, REQUEST, "mesh attempt 1"),
-        *((worker, "mesh attempt 1", stage) for stage in STAGES["mesh"]),
+        (API, THE_CLIENTS, REQUEST),
+        (WORKER, REQUEST, "wait"),
+        (WORKER, REQUEST, "fit attempt 1"),
+        (WORKER, "fit attempt 1", "prepare"),  # the stage that was cut off has no end, and nobody to tell of it
+        *attempt(2, "fit", "mesh"),
     ]
-    by_name = {span.name: span for span in spans}
-    request, attempt = by_name[REQUEST], by_name["fit attempt 1"]
-    assert (request.kind, attempt.kind) == (SERVER, CONSUMER)
+    are_nested(spans)
+    by_name = {span.name: span for span in spans if span.name not in STAGES["fit"] + STAGES["mesh"]}
+    request, died, second = by_name[REQUEST], by_name["fit attempt 1"], by_name["fit attempt 2"]
+    assert (request.kind, died.kind, second.kind) == (SERVER, CONSUMER, CONSUMER)
     assert request.attributes["http.response.status_code"] == 202
     assert request.attributes["http.route"] == "/v1/jobs"
-    assert {span.attributes["sdfserver.job.id"] for span in (request, by_name["wait"], attempt)} == {first}
-    assert request.attributes["sdfserver.request.id"] == host.row(first).request_id
-    ends = {"sdfserver.attempt": 1, "sdfserver.preset": "draft", "sdfserver.end": "done"}
-    for name in ("fit attempt 1", "mesh attempt 1"):
-        expected = ends | {"sdfserver.worker.id": host.row(first).worker}
-        assert expected.items() <= by_name[name].attributes.items()
-    assert not any(span.failed for span in spans)
-
-    retried = collector.of(hit)
-    shown = shape(retried)
-    assert shown[:3] == [(api, THE_CLIENTS, REQUEST), (worker, REQUEST, "wait"), (worker, REQUEST, "fit attempt 1")]
-    assert [(parent, name) for _, parent, name in shown[3:]] == [
-        ("fit attempt 1", "prepare"),  # the stage that was cut off has no end, and nobody to tell of it
-        (REQUEST, "fit attempt 2"),
-        *(("fit attempt 2", stage) for stage in STAGES["fit"]),
-        (REQUEST, "mesh attempt 2"),
-        *(("mesh attempt 2", stage) for stage in STAGES["mesh"]),
-    ]
-    by_name = {span.name: span for span in retried}
-    died = by_name["fit attempt 1"]
+    assert request.attributes["sdfserver.request.id"] == row.request_id
+    assert {span.attributes["sdfserver.job.id"] for span in by_name.values()} == {job}
     assert died.failed
     assert (died.attributes["sdfserver.end"], died.attributes["sdfserver.worker.id"]) == ("died", killed)
-    assert died.end <= by_name["fit attempt 2"].start + MOMENT_NS
-    assert by_name["fit attempt 2"].attributes["sdfserver.end"] == "done"
+    assert died.end <= second.start + MOMENT_NS
+    for done in (second, by_name["mesh attempt 2"]):
+        expected = {"sdfserver.attempt": 2, "sdfserver.preset": "draft", "sdfserver.end": "done"}
+        assert (expected | {"sdfserver.worker.id": row.worker}).items() <= done.attributes.items()
+        assert not done.failed
 
-    for trace in (spans, retried):
-        parents = {span.id: span for span in trace}
-        for span in trace:
-            assert span.start <= span.end
-            parent = parents.get(span.parent)
-            if parent is not None:
-                assert span.start >= parent.start - MOMENT_NS
-                if parent.name != REQUEST:  # what waits or is computed outlasts the request that asked for it
-                    assert span.end <= parent.end + MOMENT_NS
+    (failed,) = [span for span in collector.of(failing) if span.name == "fit attempt 1"]
+    assert failed.failed
+    assert (failed.attributes["sdfserver.end"], failed.attributes["error.type"]) == ("failed", "cloud")
     assert collector.of(unasked) == []
     # Nobody traces probes; other requests are traces of their own.
     assert all(span.name.partition(" ")[2].startswith("/v1/") for span in collector.spans if span.kind == SERVER)
 
 
-def test_a_job_that_fails_or_goes_back_says_so(host: Host, collector: Collector) -> None:
+@pytest.mark.slow
+def test_a_job_that_goes_well_has_one_attempt_and_one_that_goes_back_says_so(host: Host, collector: Collector) -> None:
     serving = host.serve(drain_seconds=0)
-    failing, returning = f"{4:032x}", f"{5:032x}"
-    bad = submit(host, f"00-{failing}-{THE_CLIENTS}-01", ONE_POINT, "a.xyz")
-    host.fails(bad, "cloud")
+    good, returning = f"{4:032x}", f"{5:032x}"
+    first = submit(host, f"00-{good}-{THE_CLIENTS}-01")
+    assert host.succeeds(first).attempt == 1
     back = submit(host, f"00-{returning}-{THE_CLIENTS}-01")
     host.fitting(back)
     host.stop(serving)
     assert host.row(back).state == JobState.QUEUED
-    (failed,) = [span for span in collector.of(failing) if span.name == "fit attempt 1"]
-    assert (failed.failed, failed.attributes["sdfserver.end"], failed.attributes["error.type"]) == (
-        True, "failed", "cloud"
-    )  # fmt: skip
+    spans = collector.of(good)
+    assert shape(spans) == [(API, THE_CLIENTS, REQUEST), (WORKER, REQUEST, "wait"), *attempt(1, "fit", "mesh")]
+    are_nested(spans)
+    assert not any(span.failed for span in spans)
     (released,) = [span for span in collector.of(returning) if span.name == "fit attempt 1"]
     assert (released.failed, released.attributes["sdfserver.end"]) == (False, "released")
 
 
+@pytest.mark.slow
 def test_a_collector_that_is_not_there_holds_nobody_up(host: Host, collector: Collector) -> None:
     host.environment["OTEL_EXPORTER_OTLP_ENDPOINT"] = "http://127.0.0.1:9"
     serving = host.serve()

@@ -13,6 +13,8 @@ FIRST, HEAD = "0001", "0003"
 """The version of databases from before there were versions, and the last one."""
 LOCK = 7345293
 """Of PostgreSQL's advisory locks the one for changing the schema."""
+IDLE_SECONDS = 120
+"""How long a change of the schema may rest before PostgreSQL ends it."""
 
 
 def version_of(connection: Connection) -> str | None:
@@ -36,6 +38,8 @@ def migrate(engine: Engine) -> tuple[str | None, str]:
         return before, HEAD
     with engine.begin() as connection:
         if engine.dialect.name == "postgresql":
+            # Longer than other transactions may: where the cores are short, loading Alembic takes its time.
+            connection.execute(sa.text(f"SET LOCAL idle_in_transaction_session_timeout = '{IDLE_SECONDS}s'"))
             connection.execute(sa.text(f"SELECT pg_advisory_xact_lock({LOCK})"))
         return _migrate(connection), HEAD
 
