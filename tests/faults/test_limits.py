@@ -1,6 +1,5 @@
 """What ends a job before its time: its user, its seconds, its memory. The worker goes on with the next one."""
 
-import psutil
 import pytest
 from faults import scenarios
 from faults.databases import on_both, on_both_slowly
@@ -41,15 +40,3 @@ def test_a_job_over_its_memory_fails(host: Host) -> None:
     assert "0.2 GiB" in row.problem["detail"]
     assert (row.attempt, row.deaths) == (1, 0)
     host.leaves_nothing_behind()
-
-
-def test_torch_is_in_the_spawned_child_alone(host: Host) -> None:
-    host.serve()
-    host.succeeds(host.submit())
-    assert any("spawn_main" in word for word in host.child().cmdline())
-    assert not any(_has_torch(process) for role in ("serve", "api", "worker") for process in host.processes(role))
-    host.leaves_nothing_behind()
-
-
-def _has_torch(process: psutil.Process) -> bool:
-    return any("libtorch" in part.path for part in process.memory_maps())
