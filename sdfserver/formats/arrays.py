@@ -1,6 +1,7 @@
 """NPY and NPZ: numpy's own files, read without pickle."""
 
 import io
+import math
 import warnings
 import zipfile
 from typing import Any
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from sdfserver.cloud import PointCloud
 from sdfserver.errors import CloudFormatError
 from sdfserver.files import printable, reason
-from sdfserver.formats.common import broken_promise, cloud_of, named_columns, quote, unnamed_columns
+from sdfserver.formats.common import broken_promise, check_expansion, cloud_of, named_columns, quote, unnamed_columns
 
 _POINT_KEYS = ("points", "xyz", "vertices", "positions", "position", "pos", "coords", "pts")
 _NORMAL_KEYS = ("normals", "normal", "vertex_normals", "n")
@@ -20,7 +21,7 @@ _NORMAL_KEYS = ("normals", "normal", "vertex_normals", "n")
 def read_npy(data: bytes) -> PointCloud:
     """An (n, 3) array of points, (n, 6) with normals, or a structured array with x, y, z."""
     stream = io.BytesIO(data)
-    return _array_cloud(_read_array(stream, len(data)), "the array")
+    return _array_cloud(_read_array(stream, _read_header(stream), len(data)), "the array")
 
 
 def read_npz(data: bytes) -> PointCloud:
@@ -30,13 +31,11 @@ def read_npz(data: bytes) -> PointCloud:
             members = {info.filename.removesuffix(".npy").lower(): info for info in archive.infolist()}
             points_key, normals_key = _npz_keys(list(members))
             used = [members[key] for key in (points_key, normals_key) if key is not None]
-            expanded = sum(info.file_size for info in used)
-            if expanded > max(1 << 28, 200 * len(data)):
-                raise CloudFormatError(f"{len(data)} bytes would expand to {expanded}; save it again, uncompressed")
+            _check_packing(archive, used, len(data))
             arrays = []
             for info in used:
                 with archive.open(info) as stream:
-                    arrays.append(_read_array(stream, info.file_size))
+                    arrays.append(_read_array(stream, _read_header(stream), info.file_size))
     except CloudFormatError:
         raise
     except Exception as error:  # noqa: BLE001 - zipfile raises a dozen kinds on a damaged archive
@@ -52,6 +51,20 @@ def read_npz(data: bytes) -> PointCloud:
     return cloud_of(cloud.points, normals)
 
 
+def _check_packing(archive: zipfile.ZipFile, used: list[zipfile.ZipInfo], packed: int) -> None:
+    """Refuse arrays that become too many numbers for the size of the archive, before they are unpacked."""
+    expanded = 0
+    for info in used:
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            # numpy writes no other, and what those allocate is up to the file.
+            raise CloudFormatError("it is neither stored nor deflated; save it again with numpy")
+        with archive.open(info) as stream:
+            shape, _, dtype = _read_header(stream)
+        numbers = math.prod(shape) * max(len(dtype.names or ()), 1)
+        expanded += max(info.file_size, 8 * numbers)
+    check_expansion(packed, expanded)
+
+
 def _npz_keys(keys: list[str]) -> tuple[str, str | None]:
     points = next((key for key in _POINT_KEYS if key in keys), None)
     if points is None and len(keys) == 1:
@@ -62,8 +75,11 @@ def _npz_keys(keys: list[str]) -> tuple[str, str | None]:
     return points, next((key for key in _NORMAL_KEYS if key in keys), None)
 
 
-def _read_array(stream: Any, size: int) -> NDArray[Any]:
-    """An array in NPY format; `size` bytes are there at most, and no more are ever allocated."""
+_Header = tuple[tuple[int, ...], bool, np.dtype[Any]]
+
+
+def _read_header(stream: Any) -> _Header:
+    """Shape, whether columns come first, and type of an array in NPY format."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # numpy's parser warns about headers that are refused below
@@ -74,9 +90,17 @@ def _read_array(stream: Any, size: int) -> NDArray[Any]:
         raise CloudFormatError(f"its NPY header cannot be read ({reason(error)}); save it again with numpy") from None
     if dtype.hasobject:
         raise CloudFormatError("it holds Python objects, which are never loaded; save the array as float64")
-    count = 1
-    for length in shape:
-        count *= max(int(length), 0)
+    if any(length < 0 for length in shape) or dtype.subdtype is not None:
+        raise CloudFormatError(
+            f"its NPY header has the shape {quote(str(shape))} of {quote(str(dtype))}; save it again"
+        )
+    return tuple(map(int, shape)), bool(fortran), dtype
+
+
+def _read_array(stream: Any, header: _Header, size: int) -> NDArray[Any]:
+    """The array that follows its header; `size` bytes are there at most, and no more are ever allocated."""
+    shape, fortran, dtype = header
+    count = math.prod(shape)
     room = size - stream.tell()
     if dtype.itemsize == 0 or count * dtype.itemsize > room:
         raise broken_promise(count, room // max(dtype.itemsize, 1), "numbers")
@@ -84,7 +108,10 @@ def _read_array(stream: Any, size: int) -> NDArray[Any]:
     if len(data) < count * dtype.itemsize:
         raise broken_promise(count, len(data) // dtype.itemsize, "numbers")
     flat = np.frombuffer(data, dtype=dtype, count=count)
-    return flat.reshape(shape[::-1]).T if fortran else flat.reshape(shape)
+    try:
+        return flat.reshape(shape[::-1]).T if fortran else flat.reshape(shape)
+    except ValueError as error:  # more dimensions, or longer ones beside an empty one, than numpy has
+        raise CloudFormatError(f"its shape cannot be had ({reason(error)}); save points as (n, 3)") from None
 
 
 def _numbers(array: NDArray[Any], what: str) -> NDArray[Any]:

@@ -39,6 +39,18 @@ def broken_promise(promised: int, there: int, what: str) -> CloudFormatError:
     )
 
 
+MAY_EXPAND = 1 << 26
+"""Bytes of float64 to which the numbers of any packed file may grow, however small it is."""
+_MOST_PACKED = 50
+"""Beyond that, how many bytes of them there may be for each byte of the file: scans are packed to a twentieth."""
+
+
+def check_expansion(packed: int, expanded: int) -> None:
+    """Refuse a packed file of `packed` bytes that promises `expanded` bytes of numbers, where no real one does."""
+    if expanded > max(MAY_EXPAND, _MOST_PACKED * packed):
+        raise CloudFormatError(f"{packed} bytes would expand to {expanded}; save it again, uncompressed")
+
+
 _NORMAL_NAMES = (("nx", "ny", "nz"), ("normal_x", "normal_y", "normal_z"), ("normalx", "normaly", "normalz"))
 
 

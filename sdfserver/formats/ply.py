@@ -113,7 +113,7 @@ def _ply_header(data: bytes) -> tuple[list[_Element], str, int]:
     if end[1] == b"\r" and end[2] == b"\r\n":
         offset -= 1  # lone carriage returns end the lines, so the line feed is data
     encoding = ""
-    elements: list[tuple[str, int, list[_Property]]] = []
+    elements: list[tuple[str, int, dict[str, _Property]]] = []
     for line in re.split(rb"\r\n|\n|\r", data[: end.start()])[1:]:
         words = line.split()
         match words[:1]:
@@ -124,17 +124,17 @@ def _ply_header(data: bytes) -> tuple[list[_Element], str, int]:
                     words[1], ""
                 )
             case [b"element"] if len(words) == 3:
-                elements.append((words[1].decode("latin-1"), whole_number(words[2], "a count in its header"), []))
+                elements.append((words[1].decode("latin-1"), whole_number(words[2], "a count in its header"), {}))
             case [b"property"] if elements:
                 found = _ply_property(words, line)
-                if any(found.name == other.name for other in elements[-1][2]):
+                if found.name in elements[-1][2]:
                     raise CloudFormatError(f"its header names the property {quote(found.name)} twice; export it again")
-                elements[-1][2].append(found)
+                elements[-1][2][found.name] = found
             case _:
                 raise CloudFormatError(f"its header has the line {quote(line)}; export the cloud again")
     if not encoding:
         raise CloudFormatError("its header names no format: ascii, binary_little_endian or binary_big_endian")
-    return [_Element(name=n, count=c, properties=tuple(p)) for n, c, p in elements], encoding, offset
+    return [_Element(name=n, count=c, properties=tuple(p.values())) for n, c, p in elements], encoding, offset
 
 
 def _ply_property(words: list[bytes], line: bytes) -> _Property:
@@ -181,9 +181,9 @@ def _ascii_rows(stream: io.BytesIO, element: _Element, size: int) -> _Rows:
 def _row_lines(stream: io.BytesIO, count: int) -> list[bytes]:
     """The next `count` lines that are not blank, or as many as there are."""
     lines = list(islice(stream, count))
-    while any(map(bytes.isspace, lines)):
+    if any(map(bytes.isspace, lines)):
         lines = [line for line in lines if not line.isspace()]
-        lines += islice(stream, count - len(lines))
+        lines += islice((line for line in stream if not line.isspace()), count - len(lines))
     longest = max(map(len, lines), default=0)
     if longest > MAX_LINE:
         raise CloudFormatError(f"a line has {longest} characters; the file is corrupt: export it again")

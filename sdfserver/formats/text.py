@@ -25,11 +25,14 @@ def plain_text(data: bytes) -> bytes:
     data = data.removeprefix(b"\xef\xbb\xbf")
     if b"\r" in data:
         data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-    ends = np.flatnonzero(np.frombuffer(data, np.uint8) == ord("\n"))
-    lengths = np.diff(ends, prepend=-1, append=len(data))
-    if lengths.max() > MAX_LINE:
-        row = int(lengths.argmax())
-        raise CloudFormatError(f"line {row + 1} has {lengths[row]} characters; a table has one point on each line")
+    start = 0
+    while len(data) - start > MAX_LINE:
+        end = data.rfind(b"\n", start, start + MAX_LINE + 1)
+        if end < 0:
+            end = data.find(b"\n", start)
+            length, row = (end if end >= 0 else len(data)) - start, data.count(b"\n", 0, start) + 1
+            raise CloudFormatError(f"line {row} has {length} characters; a table has one point on each line")
+        start = end + 1
     return data
 
 
@@ -127,13 +130,35 @@ def read_text(data: bytes) -> PointCloud:
             )
         offset, line = _next_line(data, offset + len(line))
         tokens = _tokens(line, delimiter)
+    _refuse_decimal_commas(line, tokens, names, delimiter)
     body = data[offset:]
-    if not body.strip():
+    if not body or body.isspace():
         raise CloudFormatError("it holds no points; export the cloud again")
     if delimiter == ";":
         body = body.replace(b",", b".")  # a semicolon separates where the comma is the decimal point
     first_line = data.count(b"\n", 0, offset) + 1
     return _text_cloud(body, tokens, names, delimiter, first_line, count)
+
+
+_INTEGERS = re.compile(rb"[-+]?\d+(,\d+)?([eE][-+]?\d+)?")
+
+
+def _refuse_decimal_commas(line: bytes, tokens: list[bytes], names: list[str] | None, delimiter: str | None) -> None:
+    """Refuse rows such as '1,5 2,5 3,5': read as if the comma parted columns they would be another cloud.
+
+    As it is a decimal point beside semicolons, the comma is taken for one there, and there alone.
+    """
+    if b"," not in line or delimiter == ";":
+        return
+    words = line.split()
+    parted = len(words) >= 3 and all(_INTEGERS.fullmatch(word.rstrip(b",")) for word in words)
+    doubled = parted and all(b"," in word[:-1] for word in words)
+    between = parted and not any(word.endswith(b",") for word in words)
+    unnamed = delimiter == "," and names is not None and len(tokens) == 2 * len(names)
+    if doubled or between or unnamed:
+        raise CloudFormatError(
+            f"its numbers have decimal commas: {quote(line)}; save it with decimal points, or with semicolons between"
+        )
 
 
 def _text_cloud(
