@@ -147,25 +147,32 @@ def orientation_disagreement(cloud: PointCloud, device: str = "cpu") -> float:
     return disagreement(cloud.points, cloud.normals, device)
 
 
-def distinct_rows(points: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def distinct_rows(points: NDArray[np.floating]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """First rows (m,) of the distinct positions in (n, 3), in the order they come, and each row's position (n,).
 
     Rows are told apart by a 64-bit hash, which is checked: a hundred times faster than comparing them.
     """
-    points = np.ascontiguousarray(points + 0.0)  # -0.0 becomes 0.0
-    bits = points.view(np.uint64)
     mixed = np.zeros(len(points), dtype=np.uint64)
     for axis in range(3):
-        mixed = (mixed + bits[:, axis]) * np.uint64(0x9E3779B97F4A7C15)
+        column = points[:, axis] + points.dtype.type(0)  # -0.0 becomes 0.0
+        mixed += column.view(f"u{column.itemsize}")
+        mixed *= np.uint64(0x9E3779B97F4A7C15)
         mixed ^= mixed >> np.uint64(29)
     _, first, inverse = np.unique(mixed, return_index=True, return_inverse=True)
-    if not np.array_equal(points[first[inverse]], points):
+    del mixed
+    some = range(0, len(points), _ROWS_CHECKED)
+    if not all(
+        np.array_equal(points[first[inverse[i : i + _ROWS_CHECKED]]], points[i : i + _ROWS_CHECKED]) for i in some
+    ):
         _, first, inverse = np.unique(points, axis=0, return_index=True, return_inverse=True)
         inverse = inverse.reshape(-1)
     order = np.argsort(first)
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))
     return first[order], rank[inverse]
+
+
+_ROWS_CHECKED = 1 << 16
 
 
 # What validate checks

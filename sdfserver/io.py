@@ -18,15 +18,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdfserver.cloud import PointCloud
-from sdfserver.errors import CloudError, CloudFormatError, MissingDependencyError
+from sdfserver.errors import CloudError, CloudFormatError
 from sdfserver.files import MESH_FORMATS as MESH_FORMATS
 from sdfserver.files import known_extension, open_cloud, printable, reason, replacing
 from sdfserver.formats.arrays import read_npy, read_npz
 from sdfserver.formats.common import Floats
+from sdfserver.formats.glb import read_glb, trimesh_package
 from sdfserver.formats.pcd import read_pcd
-from sdfserver.formats.ply import ply_chunks, read_ply
+from sdfserver.formats.ply import ply_chunks, ply_surface, read_ply
 from sdfserver.formats.scans import read_e57, read_las
-from sdfserver.formats.surfaces import area_normals, read_obj, read_off, read_stl, stl_size
+from sdfserver.formats.surfaces import (
+    Surface,
+    area_normals,
+    obj_surface,
+    off_surface,
+    read_obj,
+    read_off,
+    read_stl,
+    stl_size,
+    stl_surface,
+)
 from sdfserver.formats.text import read_text
 from sdfserver.mesh import TriangleMesh
 
@@ -86,23 +97,33 @@ def stream_cloud(path: str | os.PathLike[str], rows: int = 1_000_000) -> Iterato
 
 
 def read_mesh(path: str | os.PathLike[str]) -> TriangleMesh:
-    """The mesh of a file in one of MESH_FORMATS, vertices in file order and world units (through trimesh).
+    """The mesh of a file in one of MESH_FORMATS, vertices in file order and world units; polygons become triangles.
 
-    Raises OSError or ValueError where the file cannot be read.
+    Normals are those that the file has for all vertices, as long as they are there, or None. STL has three vertices
+    for each triangle. GLB is read through trimesh, alone: what it refers to outside of the file is not looked at.
+
+    Raises as read_cloud does.
     """
-    scene = _trimesh().load_scene(Path(path), process=False, maintain_order=True, skip_materials=True)
-    vertices, faces, normals = [np.empty((0, 3))], [np.empty((0, 3), np.int64)], [np.empty((0, 3), np.float32)]
-    for node in scene.graph.nodes_geometry:
-        transform, name = scene.graph[node]
-        mesh = scene.geometry[name]
-        faces.append(np.asarray(mesh.faces, dtype=np.int64) + sum(map(len, vertices)))
-        vertices.append(np.asarray(mesh.vertices) @ transform[:3, :3].T + transform[:3, 3])
-        if "vertex_normals" in mesh._cache:  # asking the mesh itself would compute them
-            normals.append(np.asarray(mesh.vertex_normals @ transform[:3, :3].T, dtype=np.float32))
-    all_normals = np.concatenate(normals)
-    points = np.concatenate(vertices)
-    complete = 0 < len(points) == len(all_normals)
-    return TriangleMesh(vertices=points, faces=np.concatenate(faces), normals=all_normals if complete else None)
+    path = Path(path)
+    extension, name = path.suffix[1:].lower(), printable(path.name)
+    if extension not in MESH_FORMATS:
+        known = ", ".join(MESH_FORMATS)
+        raise CloudFormatError(f"{name}: '.{printable(extension)}' is not a known mesh format; use one of {known}")
+    data = _file_bytes(path)
+    try:
+        _refuse_other_kind(data, extension)
+        with np.errstate(all="ignore"):
+            mesh = read_glb(data) if extension == "glb" else _mesh_of(_SURFACES[extension](data))
+        if not len(mesh.faces):
+            raise CloudFormatError("it holds no faces; export the mesh again")
+        return mesh
+    except CloudFormatError as error:
+        raise CloudFormatError(f"{name}: {error}") from None
+
+
+def _mesh_of(surface: Surface) -> TriangleMesh:
+    normals = None if surface.normals is None else surface.normals.astype(np.float32)
+    return TriangleMesh(vertices=surface.points, faces=surface.triangles(), normals=normals)
 
 
 def write_mesh(mesh: TriangleMesh, path: str | os.PathLike[str]) -> None:
@@ -157,7 +178,7 @@ _MAGIC: tuple[tuple[re.Pattern[bytes], str, tuple[str, ...]], ...] = (
     (re.compile(rb"ASTM-E57"), "an E57 file", ("e57",)),
     (re.compile(rb"(# )?\.PCD|VERSION \.?\d"), "a PCD file", ("pcd",)),
     (re.compile(rb"(ST)?C?N?OFF\s"), "an OFF file", ("off",)),
-    (re.compile(rb"glTF"), "a GLB file", ()),
+    (re.compile(rb"glTF"), "a GLB file", ("glb",)),
     (re.compile(rb"\x1f\x8b"), "a gzip archive", ()),
     (re.compile(rb"\s*<(!doctype|html|\?xml)", re.IGNORECASE), "a web page or XML", ()),
 )
@@ -183,6 +204,13 @@ _READERS: dict[str, Callable[[bytes], PointCloud]] = {
     "off": read_off,
     "stl": read_stl,
     **dict.fromkeys(("las", "laz"), read_las),
+}
+
+_SURFACES: dict[str, Callable[[bytes], Surface]] = {
+    "ply": ply_surface,
+    "obj": obj_surface,
+    "off": off_surface,
+    "stl": stl_surface,
 }
 
 CLOUD_FORMATS: tuple[str, ...] = (*_READERS, "e57")
@@ -280,7 +308,7 @@ def _write_stl(mesh: TriangleMesh, stream: BinaryIO) -> None:
 
 
 def _write_glb(mesh: TriangleMesh, stream: BinaryIO) -> None:
-    trimesh = _trimesh()
+    trimesh = trimesh_package()
     vertices, transform = mesh.vertices, np.eye(4)
     if not _float32_keeps(vertices):
         transform[:3, 3] = (vertices.min(axis=0) + vertices.max(axis=0)) / 2
@@ -294,14 +322,6 @@ def _write_glb(mesh: TriangleMesh, stream: BinaryIO) -> None:
     scene = trimesh.Scene()
     scene.add_geometry(body, transform=transform, geom_name="surface")
     stream.write(scene.export(file_type="glb", include_normals=mesh.normals is not None))
-
-
-def _trimesh() -> Any:
-    try:
-        import trimesh
-    except ImportError:
-        raise MissingDependencyError("GLB meshes need trimesh: pip install trimesh") from None
-    return trimesh
 
 
 _WRITERS: dict[str, Callable[[TriangleMesh, BinaryIO], None]] = {

@@ -21,7 +21,8 @@ _NORMAL_KEYS = ("normals", "normal", "vertex_normals", "n")
 def read_npy(data: bytes) -> PointCloud:
     """An (n, 3) array of points, (n, 6) with normals, or a structured array with x, y, z."""
     stream = io.BytesIO(data)
-    return _array_cloud(_read_array(stream, _read_header(stream), len(data)), "the array")
+    header = _read_header(stream)
+    return _array_cloud(_read_array(stream, header, len(data), data), "the array")
 
 
 def read_npz(data: bytes) -> PointCloud:
@@ -97,17 +98,23 @@ def _read_header(stream: Any) -> _Header:
     return tuple(map(int, shape)), bool(fortran), dtype
 
 
-def _read_array(stream: Any, header: _Header, size: int) -> NDArray[Any]:
-    """The array that follows its header; `size` bytes are there at most, and no more are ever allocated."""
+def _read_array(stream: Any, header: _Header, size: int, held: bytes | None = None) -> NDArray[Any]:
+    """The array that follows its header; `size` bytes are there at most, and no more are ever allocated.
+
+    held: all that the stream has, where it is in memory already.
+    """
     shape, fortran, dtype = header
     count = math.prod(shape)
     room = size - stream.tell()
     if dtype.itemsize == 0 or count * dtype.itemsize > room:
         raise broken_promise(count, room // max(dtype.itemsize, 1), "numbers")
-    data = stream.read(count * dtype.itemsize)
-    if len(data) < count * dtype.itemsize:
-        raise broken_promise(count, len(data) // dtype.itemsize, "numbers")
-    flat = np.frombuffer(data, dtype=dtype, count=count)
+    if held is not None:
+        flat = np.frombuffer(held, dtype=dtype, count=count, offset=stream.tell())
+    else:
+        data = stream.read(count * dtype.itemsize)
+        if len(data) < count * dtype.itemsize:
+            raise broken_promise(count, len(data) // dtype.itemsize, "numbers")
+        flat = np.frombuffer(data, dtype=dtype, count=count)
     try:
         return flat.reshape(shape[::-1]).T if fortran else flat.reshape(shape)
     except ValueError as error:  # more dimensions, or longer ones beside an empty one, than numpy has

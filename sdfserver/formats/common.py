@@ -81,7 +81,7 @@ def unnamed_columns(table: NDArray[Any]) -> PointCloud:
         if triple.shape[1] < 3:
             break
         with np.errstate(over="ignore", invalid="ignore"):
-            unit = np.abs(np.square(triple, dtype=np.float64).sum(axis=1) - 1) < 0.02
+            unit = np.abs(np.einsum("ij,ij->i", triple, triple, dtype=np.float64, casting="unsafe") - 1) < 0.02
         if np.mean(unit) > 0.99 or (width == 6 and not np.all(triple >= 0)):
             return cloud_of(table[:, :3], triple)
     return cloud_of(table[:, :3], None)

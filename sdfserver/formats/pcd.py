@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sdfserver.cloud import PointCloud
 from sdfserver.errors import CloudFormatError
@@ -34,7 +35,9 @@ def read_pcd(data: bytes) -> PointCloud:
         raise CloudFormatError("its header gives a coordinate a COUNT other than 1; export the cloud again")
     columns = {"ascii": _pcd_ascii, "binary": _pcd_binary, "binary_compressed": _pcd_compressed}[header.encoding]
     table = columns(data, offset, header, wanted)
-    table = table[~np.isnan(table[:, :3]).all(axis=1)]
+    measured = ~np.isnan(table[:, :3]).all(axis=1)
+    if not measured.all():
+        table = table[measured]
     return cloud_of(table[:, :3], table[:, 3:] if normals_at else None)
 
 
@@ -88,13 +91,13 @@ def _pcd_binary(data: bytes, offset: int, header: _PcdHeader, wanted: list[int])
     widths = [dtype.itemsize * count for dtype, count in zip(header.dtypes, header.counts, strict=True)]
     row, starts = sum(widths), np.cumsum([0, *widths])
     room = (len(data) - offset) // max(row, 1)
-    if header.points > room:
-        raise broken_promise(header.points, room, "points")
+    if header.points > room or row > len(data):
+        raise broken_promise(max(header.points, 1), room, "points")
     fields = {f"{i}": (header.dtypes[column], int(starts[column])) for i, column in enumerate(wanted)}
     dtype = np.dtype({"names": [*fields], "formats": [f[0] for f in fields.values()],
                       "offsets": [f[1] for f in fields.values()], "itemsize": row})  # fmt: skip
     table = np.frombuffer(data, dtype=dtype, count=header.points, offset=offset)
-    return np.stack([table[name] for name in fields], axis=1).astype(np.float64)
+    return _table([table[name] for name in fields])
 
 
 def _pcd_compressed(data: bytes, offset: int, header: _PcdHeader, wanted: list[int]) -> Floats:
@@ -108,7 +111,14 @@ def _pcd_compressed(data: bytes, offset: int, header: _PcdHeader, wanted: list[i
     unpacked = _lzf_unpacked(data[offset + 8 : offset + 8 + packed], size)
     starts = np.cumsum([0, *widths]) * header.points
     columns = [np.frombuffer(unpacked, header.dtypes[i], count=header.points, offset=int(starts[i])) for i in wanted]
-    return np.stack(columns, axis=1).astype(np.float64)
+    return _table(columns)
+
+
+def _table(columns: list[NDArray[Any]]) -> Floats:
+    table = np.empty((len(columns[0]), len(columns)))
+    for i, column in enumerate(columns):
+        table[:, i] = column
+    return table
 
 
 def _lzf_unpacked(data: bytes, size: int) -> bytes:

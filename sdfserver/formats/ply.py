@@ -15,8 +15,16 @@ from numpy.typing import NDArray
 from sdfserver.cloud import PointCloud
 from sdfserver.errors import CloudFormatError
 from sdfserver.files import printable
-from sdfserver.formats.common import Floats, broken_promise, cloud_of, named_columns, quote, whole_number
-from sdfserver.formats.surfaces import Polygons, polygons_of, surface_cloud
+from sdfserver.formats.common import Floats, Ints, broken_promise, cloud_of, named_columns, quote, whole_number
+from sdfserver.formats.surfaces import (
+    ROWS_AT_A_TIME,
+    Polygons,
+    Surface,
+    even_polygons,
+    joined,
+    polygons_of,
+    surface_cloud,
+)
 from sdfserver.formats.text import MAX_LINE, number_table
 
 _MAX_HEADER = 1 << 20
@@ -72,6 +80,19 @@ class _Rows:
 
 def read_ply(data: bytes) -> PointCloud:
     """Vertices with nx, ny, nz; of a surface without them, with the normals of its faces."""
+    surface = _ply_surface(data, always_faces=False)
+    if surface.normals is None and surface.polygons.sizes.size:
+        return surface_cloud(surface)
+    return cloud_of(surface.points, surface.normals)
+
+
+def ply_surface(data: bytes) -> Surface:
+    """Vertices, their nx, ny, nz where there are any, and the faces."""
+    return _ply_surface(data, always_faces=True)
+
+
+def _ply_surface(data: bytes, *, always_faces: bool) -> Surface:
+    """The faces are left out where they are not needed, as there are normals."""
     elements, encoding, offset = _ply_header(data)
     kinds = [element.name for element in elements]
     if "vertex" not in kinds:
@@ -79,15 +100,14 @@ def read_ply(data: bytes) -> PointCloud:
     vertex, face = kinds.index("vertex"), kinds.index("face") if "face" in kinds else -1
     scalars = [item.name for item in elements[vertex].properties if not item.count_type]
     points_at, normals_at = named_columns(scalars)
-    corners = "" if normals_at or face < 0 else _corner_list(elements[face])
+    corners = "" if face < 0 or (normals_at and not always_faces) else _corner_list(elements[face])
     last = max(vertex, face) if corners else vertex  # what comes after is not looked at
     rows = _ply_rows(data, offset, encoding, elements[: last + 1])
-    points = _as_columns([rows[vertex].numbers[scalars[i]] for i in points_at])
-    if normals_at:
-        return cloud_of(points, _as_columns([rows[vertex].numbers[scalars[i]] for i in normals_at]))
-    if corners and elements[face].count:
-        return surface_cloud(points, rows[face].lists[corners])
-    return cloud_of(points, None)
+    return Surface(
+        points=_as_columns([rows[vertex].numbers[scalars[i]] for i in points_at]),
+        polygons=rows[face].lists[corners] if corners else polygons_of([], []),
+        normals=_as_columns([rows[vertex].numbers[scalars[i]] for i in normals_at]) if normals_at else None,
+    )
 
 
 def _as_columns(columns: list[NDArray[Any]]) -> Floats:
@@ -171,11 +191,22 @@ def _ascii_rows(stream: io.BytesIO, element: _Element, size: int) -> _Rows:
         return _ascii_list_rows(stream, element)
     if not element.count or not element.properties:
         return _Rows(numbers={item.name: np.empty(0) for item in element.properties}, lists={})
-    lines = _row_lines(stream, element.count)
-    if len(lines) < element.count:
-        raise broken_promise(element.count, len(lines), f"'{printable(element.name)}' rows")
-    table = number_table(lines, columns=range(len(element.properties)))
+    columns = range(len(element.properties))
+    table: Floats = np.empty((element.count, len(columns)))
+    for start, lines in _row_batches(stream, element):
+        table[start : start + len(lines)] = number_table(lines, columns=columns, first_line=start + 1)
     return _Rows(numbers={item.name: table[:, i] for i, item in enumerate(element.properties)}, lists={})
+
+
+def _row_batches(stream: io.BytesIO, element: _Element) -> Iterator[tuple[int, list[bytes]]]:
+    """The element's rows, some at a time, each time with the number of rows before them."""
+    done = 0
+    while done < element.count:
+        lines = _row_lines(stream, min(element.count - done, ROWS_AT_A_TIME))
+        if not lines:
+            raise broken_promise(element.count, done, f"'{printable(element.name)}' rows")
+        yield done, lines
+        done += len(lines)
 
 
 def _row_lines(stream: io.BytesIO, count: int) -> list[bytes]:
@@ -183,6 +214,7 @@ def _row_lines(stream: io.BytesIO, count: int) -> list[bytes]:
     lines = list(islice(stream, count))
     if any(map(bytes.isspace, lines)):
         lines = [line for line in lines if not line.isspace()]
+        # What comes now is looked at once: with a blank line after each row it would else be looked at each time.
         lines += islice((line for line in stream if not line.isspace()), count - len(lines))
     longest = max(map(len, lines), default=0)
     if longest > MAX_LINE:
@@ -191,14 +223,31 @@ def _row_lines(stream: io.BytesIO, count: int) -> list[bytes]:
 
 
 def _ascii_list_rows(stream: io.BytesIO, element: _Element) -> _Rows:
+    numbers: dict[str, list[Floats]] = {item.name: [] for item in element.properties if not item.count_type}
+    lists: dict[str, list[Polygons]] = {item.name: [] for item in element.properties if item.count_type}
+    only = element.properties[0].name if len(element.properties) == 1 else None
+    for start, lines in _row_batches(stream, element):
+        even = even_polygons(lines) if only else None
+        if only and even:
+            lists[only].append(even)
+            continue
+        some = _ascii_list_batch(lines, element, start)
+        for name, values in some.numbers.items():
+            numbers[name].append(values)
+        for name, polygons in some.lists.items():
+            lists[name].append(polygons)
+    return _Rows(
+        numbers={name: np.concatenate(parts or [np.empty(0)]) for name, parts in numbers.items()},
+        lists={name: joined(parts) for name, parts in lists.items()},
+    )
+
+
+def _ascii_list_batch(lines: list[bytes], element: _Element, start: int) -> _Rows:
     numbers: dict[str, list[float]] = {item.name: [] for item in element.properties if not item.count_type}
     lists: dict[str, tuple[list[int], list[int]]] = {
         item.name: ([], []) for item in element.properties if item.count_type
     }
-    lines = _row_lines(stream, element.count)
-    if len(lines) < element.count:
-        raise broken_promise(element.count, len(lines), f"'{printable(element.name)}' rows")
-    for row, line in enumerate(lines):
+    for row, line in enumerate(lines, start):
         try:
             tokens = [float(token) for token in line.split()]
             at = 0
@@ -288,15 +337,29 @@ def _uneven_rows(data: bytes, offset: int, element: _Element, order: str) -> tup
     raw = np.frombuffer(data, np.uint8)
     for i, item in enumerate(element.properties):
         dtype = np.dtype(order + item.type)
-        first = np.repeat(starts[:, i], sizes[:, i])
-        within = np.arange(len(first)) - np.repeat(np.cumsum(sizes[:, i]) - sizes[:, i], sizes[:, i])
-        at = (first + within * dtype.itemsize)[:, None] + np.arange(dtype.itemsize)
-        values = np.ascontiguousarray(raw[at]).view(dtype).reshape(-1)
+        values = _gathered(raw, starts[:, i], sizes[:, i], dtype)
         if item.count_type:
             lists[item.name] = polygons_of(sizes[:, i], values)
         else:
             numbers[item.name] = values
     return _Rows(numbers=numbers, lists=lists), offset
+
+
+def _gathered(raw: NDArray[np.uint8], starts: Ints, sizes: Ints, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """The values of all lists, of which each starts at a byte of its own."""
+    ends = np.cumsum(sizes)
+    values = np.empty(int(ends[-1]), dtype=dtype)
+    row = 0
+    while row < len(sizes):
+        done = int(ends[row - 1]) if row else 0
+        last = max(int(np.searchsorted(ends, done + ROWS_AT_A_TIME, side="right")), row + 1)
+        first = np.repeat(starts[row:last], sizes[row:last])
+        before = np.repeat(ends[row:last] - sizes[row:last] - done, sizes[row:last])
+        at = first + (np.arange(len(first)) - before) * dtype.itemsize
+        found = raw[at[:, None] + np.arange(dtype.itemsize)]
+        values[done : done + len(first)] = np.ascontiguousarray(found).view(dtype).reshape(-1)
+        row = last
+    return values
 
 
 _STRUCT_CODES = {"i1": "b", "u1": "B", "i2": "h", "u2": "H", "i4": "i", "u4": "I", "i8": "q", "u8": "Q"}

@@ -51,18 +51,19 @@ def read_las(data: bytes) -> PointCloud:
                 room = (len(data) - int(reader.header.offset_to_point_data)) // width
                 if promised > room:
                     raise broken_promise(promised, room, "points")
-            # Chunks grow with what is there, not with what is promised.
-            tables = [_las_table(chunk) for chunk in reader.chunk_iterator(max(_CHUNK_BYTES // width, 1))]
+            table, done = np.empty((promised, 6 if normals else 3)), 0
+            for chunk in reader.chunk_iterator(max(_CHUNK_BYTES // width, 1)):
+                _las_columns(chunk, table[done : done + len(chunk)])
+                done += len(chunk)
     except CloudFormatError:
         raise
     except BaseException as error:  # laspy and its Rust decoder raise many kinds on a damaged file
         if _is_stop(error):
             raise
         raise CloudFormatError(f"it is not a sound LAS or LAZ file ({reason(error)}); export it again") from None
-    table = np.concatenate(tables) if tables else np.empty((0, 3))
-    if len(table) != promised:
-        raise broken_promise(promised, len(table), "points")
-    return cloud_of(table[:, :3], table[:, 3:] if table.shape[1] == 6 else None)
+    if done != promised:
+        raise broken_promise(promised, done, "points")
+    return cloud_of(table[:, :3], table[:, 3:] if normals else None)
 
 
 def _integer(data: bytes, at: int, size: int) -> int:
@@ -110,6 +111,9 @@ def _laszip(data: bytes) -> _LasZip:
             places = range(34, 34 + 6 * _integer(record, 32, 2), 6)
             items = [(_integer(record, place, 2), _integer(record, place + 2, 2)) for place in places]
             layered, chunk_points = _integer(record, 0, 2) == 3, _integer(record, 12, 4)
+            if {kind in _LAYERS or kind == _EXTRA_BYTES for kind, _ in items} != {layered}:
+                # lazrs goes by the items, whatever the record says of all of them.
+                raise CloudFormatError("its LASzip record names items that are not packed together; export it again")
             return _LasZip(layered=layered, chunk_points=chunk_points, items=items, record=record)
         at += _LAS_RECORD + size
     raise CloudFormatError("it is compressed but has no LASzip record; export it again")
@@ -151,11 +155,12 @@ def _check_laz_chunks(data: bytes, promised: int) -> None:
         raise broken_promise(promised, there, "points")
 
 
-def _las_table(chunk: Any) -> Floats:
+def _las_columns(chunk: Any, table: Floats) -> None:
+    """Coordinates, and normals where the table has room for them, into the rows of `table`."""
     names = list(chunk.point_format.dimension_names)
     _, normals = named_columns(["x", "y", "z", *names])
-    columns = [chunk.x, chunk.y, chunk.z] + [chunk[names[i - 3]] for i in normals or []]
-    return np.stack([np.asarray(column, dtype=np.float64) for column in columns], axis=1)
+    for column, values in enumerate([chunk.x, chunk.y, chunk.z, *(chunk[names[i - 3]] for i in normals or [])]):
+        table[:, column] = np.asarray(values)
 
 
 _E57_NORMALS = ("nor:normalX", "nor:normalY", "nor:normalZ")
@@ -179,6 +184,8 @@ def read_e57(data: bytes, path: Path) -> PointCloud:
         raise CloudFormatError(f"it is not a sound E57 file ({reason(error)}); export it again") from None
     if not scans:
         raise CloudFormatError("it holds no scans; export the cloud again")
+    if len(scans) == 1:
+        return scans[0]
     normals = [scan.normals for scan in scans if scan.normals is not None]
     return cloud_of(
         np.concatenate([scan.points for scan in scans]),
@@ -314,10 +321,11 @@ def _e57_table(pye57: Any, file: Any, header: Any, fields: list[str], size: int)
     for name, array in zip(fields, arrays, strict=True):
         buffers.append(pye57.libe57.SourceDestBuffer(file.image_file, name, array, capacity, True, True))
     reader = header.points.reader(buffers)
-    chunks = [np.empty((0, len(fields)))]
-    while count := reader.read():
-        chunks.append(np.stack([array[:count] for array in arrays], axis=1))
-    table = np.concatenate(chunks)
-    if len(table) != header.point_count:
-        raise broken_promise(int(header.point_count), len(table), "points")
+    table, done = np.empty((int(header.point_count), len(fields))), 0
+    while (count := int(reader.read())) and done + count <= len(table):
+        for column, array in enumerate(arrays):
+            table[done : done + count, column] = array[:count]
+        done += count
+    if count or done != len(table):
+        raise broken_promise(len(table), done, "points")
     return table

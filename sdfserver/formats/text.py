@@ -3,7 +3,7 @@
 import io
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from sdfserver.errors import CloudFormatError
 from sdfserver.files import reason
 from sdfserver.formats.common import Floats, cloud_of, named_columns, quote, unnamed_columns
 
-MAX_LINE = 1 << 20
+MAX_LINE = 1 << 17
 
 
 def plain_text(data: bytes) -> bytes:
@@ -36,15 +36,31 @@ def plain_text(data: bytes) -> bytes:
     return data
 
 
+_BLOCK = 1 << 16
+
+
+def line_blocks(data: bytes, offset: int = 0) -> Iterator[list[bytes]]:
+    """The lines from `offset` on, without their ends, some at a time: as objects they take many times their bytes."""
+    while offset < len(data):
+        end = data.rfind(b"\n", offset, offset + _BLOCK)
+        if end < 0:
+            end = data.find(b"\n", offset)
+        end = len(data) if end < 0 else end
+        yield data[offset:end].split(b"\n")
+        offset = end + 1
+
+
 def number_table(
     rows: bytes | Sequence[bytes],
     *,
     columns: Sequence[int] | None = None,
     delimiter: str | None = None,
     first_line: int = 1,
-    max_rows: int | None = None,
 ) -> Floats:
-    """Rows of numbers, (rows, columns); every row must have the named columns, or as many as the first."""
+    """Rows of numbers, (rows, columns); every row must have the named columns, or as many as the first.
+
+    first_line: the number of the first line, or of the first row where rows are given one by one, for messages.
+    """
     stream = io.BytesIO(rows) if isinstance(rows, bytes) else rows
     try:
         with warnings.catch_warnings():
@@ -57,13 +73,12 @@ def number_table(
                 usecols=columns,
                 ndmin=2,
                 encoding="latin-1",
-                max_rows=max_rows,
                 quotechar='"' if delimiter else None,
             )
     except (ValueError, IndexError) as error:
         if isinstance(rows, bytes):
             raise _bad_row(rows.split(b"\n"), columns, delimiter, "line", first_line, error) from None
-        raise _bad_row(rows, columns, delimiter, "row", 1, error) from None
+        raise _bad_row(rows, columns, delimiter, "row", first_line, error) from None
 
 
 def _bad_row(
@@ -121,6 +136,7 @@ def read_text(data: bytes) -> PointCloud:
     delimiter = ";" if b";" in line else "," if b"," in line else None
     names = commented_names
     tokens = _tokens(line, delimiter)
+    _refuse_decimal_commas(line, tokens, names, delimiter)
     if not all(is_number(token) for token in tokens[:3]):
         names = [_plain_name(token) for token in tokens]
         if not any(name.lower() == "x" for name in names):
@@ -130,7 +146,7 @@ def read_text(data: bytes) -> PointCloud:
             )
         offset, line = _next_line(data, offset + len(line))
         tokens = _tokens(line, delimiter)
-    _refuse_decimal_commas(line, tokens, names, delimiter)
+        _refuse_decimal_commas(line, tokens, names, delimiter)
     body = data[offset:]
     if not body or body.isspace():
         raise CloudFormatError("it holds no points; export the cloud again")
@@ -184,13 +200,15 @@ def _text_cloud(
 
 def _next_line(data: bytes, offset: int) -> tuple[int, bytes]:
     """Offset and content of the first line from `offset` on that is not blank; empty at the end."""
-    while offset < len(data):
-        end = data.find(b"\n", offset)
-        end = len(data) if end < 0 else end
-        if data[offset:end].strip():
-            return offset, data[offset:end]
-        offset = end + 1
-    return len(data), b""
+    found = _NOT_BLANK.search(data, offset)
+    if found is None:
+        return len(data), b""
+    start = max(data.rfind(b"\n", offset, found.start()) + 1, offset)
+    end = data.find(b"\n", start)
+    return start, data[start : len(data) if end < 0 else end]
+
+
+_NOT_BLANK = re.compile(rb"\S")
 
 
 def _tokens(line: bytes, delimiter: str | None) -> list[bytes]:

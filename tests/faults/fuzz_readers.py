@@ -1,4 +1,4 @@
-"""The readers on files that are wrong: `python tests/faults/fuzz_readers.py --format ply --inputs 200000 --json out.json`.
+"""The readers on files that are wrong: python tests/faults/fuzz_readers.py --format ply --inputs 200000 --json out.json
 
 Each input is a valid file made wrong (mutations.py); its number and the seed say which, so that it can be made again.
 A reader may give a valid cloud or a CloudError of one printable line, within 2 s of processor time and within
@@ -7,12 +7,12 @@ A reader may give a valid cloud or a CloudError of one printable line, within 2 
 crash     a signal ended the process
 hang      2 s of processor time, or 20 s of any, were not enough
 memory    more than 4 times the size plus `CONSTANT` was in use at a time: resident in the process, counted by
-          tracemalloc (one input in 8, as it triples the time), or asked for beyond a limit on the address space
+          tracemalloc (one input in 16, as it triples the time), or asked for beyond a limit on the address space
 error     another exception than the reader documents
 message   a refusal that is not one printable line of at most 500 characters
 invalid   a cloud of other shapes or types than promised, or one that validate neither refuses nor makes right
 
---guided lets atheris look for inputs that reach new lines of the readers, beside the plain mutations.
+--guided N lets atheris look for N inputs more, from those that reach new lines of the readers.
 """
 
 import argparse
@@ -34,18 +34,11 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-    os.environ.setdefault(variable, "1")
-if os.environ.get("MALLOC_MMAP_THRESHOLD_") is None and __name__ == "__main__":
-    # Fixed, so that what was freed goes back to the system and what is resident is what is in use.
-    settings = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | settings)  # noqa: S606 - itself
-for folder in (Path(__file__).parent, Path(__file__).parents[1]):
-    sys.path.insert(0, str(folder))
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for a start as a command
 
 import cloud_files
 import numpy as np
-from mutations import WORDS, any_bytes, mutated, text
+from faults.mutations import WORDS, any_bytes, mutated, text
 
 from sdfserver.cloud import PointCloud, validate
 from sdfserver.errors import CloudError
@@ -59,8 +52,10 @@ MIB = 1 << 20
 CONSTANT = {"npz": 256 * MIB, "laz": 256 * MIB, "e57": 256 * MIB}
 """A packed file may always expand to 64 MiB (formats.common.MAY_EXPAND), and 4 times that is then in use at most."""
 CONSTANT_PLAIN = 16 * MIB
-TRACED_ONE_IN = 8
-VALIDATED_ONE_IN = 10
+TRACED_ONE_IN = 16
+VALIDATED_ONE_IN = 20
+WORKER_INPUTS = 5000
+"""After them a new process goes on: libE57 does not give back all of what it took for a file that it refuses."""
 CLOUDS = ("ply", "text", "npy", "npz", "pcd", "obj", "off", "stl", "las", "laz", "e57")
 KINDS = (*CLOUDS, *(f"mesh-{name}" for name in MESH_FORMATS))
 EXTENSIONS = {"text": ("xyz", "xyzn", "pts", "txt", "asc", "csv")}
@@ -69,8 +64,8 @@ EXTENSIONS = {"text": ("xyz", "xyzn", "pts", "txt", "asc", "csv")}
 # What is made wrong
 
 
-def seeds(kind: str) -> list[bytes]:
-    """Valid files of a format, by the project's own writers and by other programs that write it."""
+def seeds(kind: str, *, others: bool = True) -> list[bytes]:
+    """Valid files of a format, by the project's own writers and, with `others`, by Open3D, which is slow to import."""
     name = kind.removeprefix("mesh-")
     extensions = EXTENSIONS.get(name, (name,))
     files = {**cloud_files.FILES, **cloud_files.SURFACES}
@@ -81,7 +76,7 @@ def seeds(kind: str) -> list[bytes]:
             found += _las(name, Path(folder))
         if name == "e57":
             found += cloud_files.e57_files(Path(folder))
-        if name in ("ply", "pcd", "text") and not kind.startswith("mesh"):
+        if others and name in ("ply", "pcd", "text") and not kind.startswith("mesh"):
             found += _by_open3d(extensions, Path(folder))
     if name == "ply":
         found.append((ROOT / "data" / "sparse.ply").read_bytes())
@@ -145,7 +140,7 @@ def _by_open3d(extensions: tuple[str, ...], folder: Path) -> list[bytes]:
 
 def made(kind: str, sources: list[bytes], seed: int, number: int) -> tuple[str, bytes]:
     """The input of that number, and the extension its file gets."""
-    rng = random.Random(f"{kind} {seed} {number}")
+    rng = random.Random(f"{kind} {seed} {number}")  # noqa: S311 - repeatable
     extension = rng.choice(EXTENSIONS.get(kind, (kind.removeprefix("mesh-"),)))
     return extension, mutated(kind.removeprefix("mesh-"), sources, rng)
 
@@ -182,7 +177,7 @@ def look(kind: str, path: Path, thoroughly: bool) -> str:
         raise
     except MemoryError as error:
         raise Wrong("memory", _signature(error)) from None
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 - a finding, whatever it is
         raise Wrong("error", _signature(error)) from None
 
 
@@ -243,8 +238,6 @@ class Watch:
         self._constant = CONSTANT.get(kind, CONSTANT_PLAIN)
         self._clear = os.open("/proc/self/clear_refs", os.O_WRONLY)
         self._status = os.open("/proc/self/status", os.O_RDONLY)
-        limit = self._kilobytes(b"VmSize:") * 1024 + self._constant + 64 * MIB
-        resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
 
     def _kilobytes(self, key: bytes) -> int:
         status = os.pread(self._status, 4096, 0)
@@ -253,6 +246,8 @@ class Watch:
     def __call__(self, counts: np.ndarray, size: int, traced: bool, read: Callable[[], str]) -> str:
         os.pwrite(self._clear, b"5", 0)  # the peak starts from what is resident now
         before = self._kilobytes(b"VmRSS:")
+        room = self._kilobytes(b"VmSize:") * 1024 + self._constant + 4 * size + 16 * MIB
+        resource.setrlimit(resource.RLIMIT_AS, (room, resource.RLIM_INFINITY))
         if traced:
             tracemalloc.start()
         signal.setitimer(signal.ITIMER_PROF, CPU_S * (5 if traced else 1))
@@ -264,6 +259,7 @@ class Watch:
             taken = time.process_time() - start
             signal.setitimer(signal.ITIMER_PROF, 0)
             signal.setitimer(signal.ITIMER_REAL, 0)
+            resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
             peak = tracemalloc.get_traced_memory()[1] if traced else 0
             tracemalloc.stop()
         resident = 1024 * (self._kilobytes(b"VmHWM:") - before)
@@ -282,7 +278,8 @@ def work(kind: str, sources: list[bytes], options: argparse.Namespace, counts: n
     shared_memory = Path("/dev/shm")  # noqa: S108
     with tempfile.TemporaryDirectory(dir=shared_memory if shared_memory.is_dir() else None) as folder:
         watch = Watch(kind)
-        for number in range(int(counts[0]), options.first + options.inputs):
+        start = int(counts[0])
+        for number in range(start, min(start + WORKER_INPUTS, options.first + options.inputs)):
             counts[0] = number
             extension, data = made(kind, sources, options.seed, number)
             counts[6] += len(data)
@@ -319,7 +316,7 @@ def fuzz(kind: str, options: argparse.Namespace) -> dict[str, object]:
             if not child:
                 try:
                     work(kind, sources, options, counts, found)
-                except BaseException:
+                except BaseException:  # noqa: BLE001 - said by the exit status
                     traceback.print_exc(file=sys.stdout)
                     os._exit(1)
                 os._exit(0)
@@ -371,9 +368,14 @@ def _first_of_each(kind: str, sources: list[bytes], findings: list[list], option
 
 
 def guided(kind: str, options: argparse.Namespace) -> None:
-    """atheris' own search, with this file's mutations beside its own. Ends at the first finding, which it saves."""
+    """atheris' own search, with this file's mutations beside its own; ends the process, at the first finding if any."""
     import atheris
 
+    global read_cloud, read_mesh, stream_cloud
+    with atheris.instrument_imports(include=["sdfserver.formats", "sdfserver.io"]):
+        for name in [name for name in sys.modules if name.startswith(("sdfserver.formats", "sdfserver.io"))]:
+            del sys.modules[name]
+        from sdfserver.io import read_cloud, read_mesh, stream_cloud
     sources = seeds(kind)
     folder = Path(tempfile.mkdtemp())
     for i, data in enumerate(sources):
@@ -386,22 +388,33 @@ def guided(kind: str, options: argparse.Namespace) -> None:
         look(kind, path, thoroughly=False)
 
     def mutate(data: bytes, max_size: int, seed: int) -> bytes:
-        rng = random.Random(seed)
+        rng = random.Random(seed)  # noqa: S311
         match rng.randrange(4):
             case 0:
-                return atheris.Mutate(data, max_size)[:max_size]
+                changed = atheris.Mutate(data, max_size)
             case 1:
-                return any_bytes(data, rng, sources)[:max_size]
+                changed = any_bytes(data, rng, sources)
             case 2:
-                return text(data, rng, WORDS.get(kind, []))[:max_size]
+                changed = text(data, rng, WORDS.get(kind.removeprefix("mesh-"), []))
             case _:
-                return mutated(kind.removeprefix("mesh-"), [data], rng)[:max_size]
+                changed = mutated(kind.removeprefix("mesh-"), [data], rng)
+        return bytes(changed[:max_size])
 
-    options.save.mkdir(parents=True, exist_ok=True)
-    arguments = [sys.argv[0], str(folder), f"-runs={options.inputs}", "-timeout=10", "-max_len=20000",
-                 "-rss_limit_mb=2000", f"-seed={options.seed + 1}", f"-artifact_prefix={options.save}/guided_{kind}_"]  # fmt: skip
-    atheris.Setup(arguments, one, custom_mutator=mutate)
+    limits = [f"-runs={options.guided}", "-timeout=10", "-max_len=20000", "-rss_limit_mb=3000", "-verbosity=0"]
+    prefix = f"-artifact_prefix={options.save}/guided_{kind}_"
+    atheris.Setup([sys.argv[0], *limits, f"-seed={options.seed + 1}", prefix, str(folder)], one, custom_mutator=mutate)
     atheris.Fuzz()
+
+
+def guided_apart(kind: str, options: argparse.Namespace) -> dict[str, object]:
+    """The same in a process of its own."""
+    options.save.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    child = os.fork()
+    if not child:
+        guided(kind, options)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return {"inputs": options.guided, "found": status != 0, "seconds": round(time.monotonic() - start)}
 
 
 def main() -> None:
@@ -412,15 +425,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="the figures; those of other formats in it stay")
     parser.add_argument("--save", type=Path, default=Path("findings"), help="folder for inputs of findings")
-    parser.add_argument("--guided", action="store_true")
+    parser.add_argument("--guided", type=int, default=0, metavar="N", help="N further inputs, looked for by atheris")
     options = parser.parse_args()
     failed = False
     for kind in KINDS if "all" in options.format else options.format:
-        if options.guided:
-            guided(kind, options)
         figures = fuzz(kind, options)
-        print(json.dumps(figures, indent=1), flush=True)  # noqa: T201
         failed |= bool(figures["findings"])
+        if options.guided:
+            figures["guided"] = guided_apart(kind, options)
+            failed |= bool(figures["guided"]["found"])  # type: ignore[index]
+        print(json.dumps(figures, indent=1), flush=True)  # noqa: T201
         if options.json:
             known = json.loads(options.json.read_text()) if options.json.exists() else {}
             options.json.write_text(json.dumps(known | {kind: figures}, indent=1, sort_keys=True) + "\n")
@@ -428,4 +442,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        # Fixed, so that what was freed goes back to the system and what is resident is what is in use.
+        fixed = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | fixed)  # noqa: S606 - itself
     main()

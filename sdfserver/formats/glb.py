@@ -1,0 +1,120 @@
+"""GLB, binary glTF 2.0, through trimesh."""
+
+import io
+import json
+from typing import Any
+
+import numpy as np
+
+from sdfserver.errors import CloudFormatError, MissingDependencyError
+from sdfserver.files import reason
+from sdfserver.formats.common import broken_promise, quote
+from sdfserver.mesh import TriangleMesh
+
+_DEPTH = 64
+"""Nodes within each other, and lists within each other in what describes them."""
+
+
+def trimesh_package() -> Any:
+    """The package, or MissingDependencyError."""
+    try:
+        import trimesh
+    except ImportError:
+        raise MissingDependencyError("GLB meshes need trimesh: pip install trimesh") from None
+    return trimesh
+
+
+def read_glb(data: bytes) -> TriangleMesh:
+    """All meshes of the scene together, each where its nodes put it."""
+    trimesh = trimesh_package()
+    _check_scene(data)
+    try:
+        scene = trimesh.load_scene(
+            io.BytesIO(data), file_type="glb", process=False, maintain_order=True, skip_materials=True
+        )
+        return _joined(scene)
+    except CloudFormatError:
+        raise
+    except Exception as error:  # noqa: BLE001 - trimesh raises many kinds on a damaged file
+        raise CloudFormatError(f"it is not a sound GLB file ({reason(error)}); export it again") from None
+
+
+def _joined(scene: Any) -> TriangleMesh:
+    vertices, faces, normals = [np.empty((0, 3))], [np.empty((0, 3), np.int64)], [np.empty((0, 3), np.float32)]
+    for node in scene.graph.nodes_geometry:
+        transform, name = scene.graph[node]
+        mesh = scene.geometry[name]
+        if not hasattr(mesh, "faces"):
+            continue  # lines and points
+        corners = np.asarray(mesh.faces, dtype=np.int64).reshape(-1, 3)
+        if corners.size and (corners.min() < 0 or corners.max() >= len(mesh.vertices)):
+            raise CloudFormatError(f"a face refers to vertex {corners.max()}, of {len(mesh.vertices)}; export it again")
+        faces.append(corners + sum(map(len, vertices)))
+        vertices.append(np.asarray(mesh.vertices) @ transform[:3, :3].T + transform[:3, 3])
+        if "vertex_normals" in mesh._cache:  # asking the mesh itself would compute them
+            normals.append(np.asarray(mesh.vertex_normals @ transform[:3, :3].T, dtype=np.float32))
+    all_normals, points = np.concatenate(normals), np.concatenate(vertices)
+    complete = 0 < len(points) == len(all_normals)
+    return TriangleMesh(vertices=points, faces=np.concatenate(faces), normals=all_normals if complete else None)
+
+
+_COMPONENTS = {5120: 1, 5121: 1, 5122: 2, 5123: 2, 5125: 4, 5126: 4}
+_NUMBERS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4, "MAT2": 4, "MAT3": 9, "MAT4": 16}
+
+
+def _check_scene(data: bytes) -> None:
+    """Refuse a scene that refers to other files, or of which the arrays are larger than the file."""
+    length = int.from_bytes(data[12:16], "little")
+    if data[:4] != b"glTF" or data[16:20] != b"JSON" or 20 + length > len(data):
+        raise CloudFormatError(f"it starts with {quote(data[:20])}, which is no GLB, or it is cut off; export it again")
+    try:
+        scene = json.loads(data[20 : 20 + length])
+        _check_parts(scene, len(data))
+    except CloudFormatError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError, RecursionError) as error:
+        raise CloudFormatError(f"its scene cannot be read ({reason(error)}); export it again") from None
+
+
+def _check_parts(scene: Any, size: int) -> None:
+    if any("uri" in part for kind in ("buffers", "images") for part in scene.get(kind, [])):
+        raise CloudFormatError("it refers to other files; export it again with everything in it")
+    for accessor in scene.get("accessors", []):
+        count, width = int(accessor["count"]), _COMPONENTS[accessor["componentType"]] * _NUMBERS[accessor["type"]]
+        if not 0 <= count * width <= size:
+            raise broken_promise(count, size // width, "numbers")
+    if any(not 0 <= int(view.get(key, 0)) <= size for view in scene.get("bufferViews", []) for key in _PLACES):
+        raise CloudFormatError("a part of it is said to be outside of the file; it is corrupt: export it again")
+    # Every node draws a mesh again: no more are drawn than the file would hold.
+    meshes, nodes = scene.get("meshes", []), scene.get("nodes", [])
+    accessors = scene.get("accessors", [])
+    corners = [sum(_corners(accessors, primitive) for primitive in mesh["primitives"]) for mesh in meshes]
+    drawn = sum(corners[node["mesh"]] for node in nodes if node.get("mesh") is not None)
+    if drawn > size:
+        raise CloudFormatError(f"its nodes draw {drawn} corners, for {size} bytes; export it again")
+    _check_tree(nodes)
+
+
+_PLACES = ("byteOffset", "byteLength", "byteStride")
+
+
+def _corners(accessors: list[Any], primitive: Any) -> int:
+    indices = primitive.get("indices")
+    used = [primitive["attributes"]["POSITION"], *([] if indices is None else [indices])]
+    return sum(int(accessors[index]["count"]) for index in used)
+
+
+def _check_tree(nodes: list[Any]) -> None:
+    """Refuse nodes that are their own children's children, or more than one node's child."""
+    parent: dict[int, int] = {}
+    for index, node in enumerate(nodes):
+        for child in node.get("children") or []:
+            if child in parent or not 0 <= child < len(nodes):
+                raise CloudFormatError(f"its node {child} has two parents or does not exist; export it again")
+            parent[child] = index
+    for index in range(len(nodes)):
+        depth = 0
+        while index in parent:
+            index, depth = parent[index], depth + 1
+            if depth > _DEPTH:
+                raise CloudFormatError(f"its nodes are more than {_DEPTH} within each other; export it again")
