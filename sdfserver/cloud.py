@@ -158,8 +158,7 @@ def distinct_rows(points: NDArray[np.floating]) -> tuple[NDArray[np.int64], NDAr
         mixed += column.view(f"u{column.itemsize}")
         mixed *= np.uint64(0x9E3779B97F4A7C15)
         mixed ^= mixed >> np.uint64(29)
-    _, first, inverse = np.unique(mixed, return_index=True, return_inverse=True)
-    del mixed
+    first, inverse = _distinct(mixed)
     some = range(0, len(points), _ROWS_CHECKED)
     if not all(
         np.array_equal(points[first[inverse[i : i + _ROWS_CHECKED]]], points[i : i + _ROWS_CHECKED]) for i in some
@@ -170,6 +169,18 @@ def distinct_rows(points: NDArray[np.floating]) -> tuple[NDArray[np.int64], NDAr
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))
     return first[order], rank[inverse]
+
+
+def _distinct(values: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Where each distinct value comes first, and which each one is: as np.unique, in half the memory."""
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+    new = np.ones(len(values), dtype=bool)
+    np.not_equal(ordered[1:], ordered[:-1], out=new[1:])
+    del ordered
+    which = np.empty(len(values), dtype=np.int64)
+    which[order] = np.cumsum(new) - 1
+    return order[new], which
 
 
 _ROWS_CHECKED = 1 << 16

@@ -201,7 +201,7 @@ _E57_DEPTH = 64
 def _check_e57(data: bytes) -> None:
     """Refuse XML that does more than describe, and more points than there are bits for.
 
-    libE57's parser would expand entities and load what a document type or a schema's place points to.
+    libE57 itself opens whatever file a document type, or the place of a schema, names.
     """
     if len(data) < 48 or _integer(data, 40, 8) != _E57_PAGE:
         raise CloudFormatError("its header is cut off, or its pages are not of 1024 bytes; export or copy it again")
