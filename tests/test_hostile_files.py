@@ -288,6 +288,19 @@ def test_a_quarter_of_a_megabyte_of_line_ends_is_refused_in_little_memory(name, 
         refusal(save(name, start.get(name, b"") + end * (MIB // 4)))
 
 
+def test_lines_of_nothing_but_a_letter_and_lines_of_half_a_million_columns_take_little_memory(save) -> None:
+    tracemalloc.start()
+    try:
+        cloud = read_cloud(save("a.obj", SURFACES["plain.obj"] + b"f \n" * (MIB // 3)))
+        assert tracemalloc.get_traced_memory()[1] < 14 * MIB
+    finally:
+        tracemalloc.stop()
+    assert len(cloud.points) == 6
+    for name in ("a.xyz", "a.csv", "a.obj", "a.off"):
+        start = {"a.obj": b"v ", "a.off": b"OFF\n1 0 0\n"}.get(name, b"")
+        assert "characters" in refusal(save(name, start + b"0 " * (MIB // 2)), mib=1)
+
+
 @pytest.mark.parametrize("extension", ["ply", "obj", "off"])
 def test_a_mesh_that_refers_to_a_vertex_far_out_is_refused(extension, tmp_path) -> None:
     """What reads such a file by making room for as many vertices takes 32 GiB for it."""
