@@ -24,6 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from sdfserver.server import page, tracing
 from sdfserver.server.abuse import Bounded, Guesses
 from sdfserver.server.artifacts import ArtifactError, open_artifacts
+from sdfserver.server.following import Lookout
 from sdfserver.server.liveness import living
 from sdfserver.server.logs import STEP, about
 from sdfserver.server.metrics import Measured, Metrics
@@ -65,12 +66,14 @@ def create_app(settings: Settings) -> FastAPI:
         store, artifacts = Store(settings.database), open_artifacts(settings)
         await asyncio.to_thread(prepare_storage, settings, store, artifacts)
         queue = JobQueue(store)
+        view = QueueView(store, settings.lease_seconds)
         app.state.service = Service(
             settings=settings,
             store=store,
             queue=queue,
             artifacts=artifacts,
-            view=QueueView(store, settings.lease_seconds),
+            view=view,
+            lookout=Lookout(store, view),
             converting=asyncio.Semaphore(1),
             receiving=CapacityLimiter(8),
             creating=CapacityLimiter(1),

@@ -49,6 +49,7 @@ from sdfserver.schemas import (
 from sdfserver.server import fields, tracing
 from sdfserver.server.abuse import Guesses, check_browser
 from sdfserver.server.artifacts import FIELD, MESH, PICTURE, POINTS, PREVIEW, REPORT, Artifacts, DamagedError, Found
+from sdfserver.server.following import Lookout, Sighting
 from sdfserver.server.liveness import living
 from sdfserver.server.logs import STEP, about, subject
 from sdfserver.server.problems import KINDS, MEDIA_TYPE, ProblemError
@@ -78,8 +79,6 @@ from sdfserver.server.views import JOBS, QueueView, job_view
 
 log = logging.getLogger(__name__)
 
-EVENT_SECONDS = 0.25
-"""How often a stream of events looks for more."""
 RETRY_SECONDS = 10
 _MEDIA_TYPES = {"ply": "application/octet-stream", "glb": "model/gltf-binary", "obj": "model/obj", "stl": "model/stl",
                 "off": "text/plain"}  # fmt: skip
@@ -98,6 +97,7 @@ class Service:
     queue: JobQueue
     artifacts: Artifacts
     view: QueueView
+    lookout: Lookout
     converting: asyncio.Semaphore
     receiving: CapacityLimiter
     """Threads for what uploads write: others' answers do not wait for those."""
@@ -461,29 +461,31 @@ async def follow_job(
     Events are called `state` or `progress`; the data of each is the job as it stood. While it waits, `queue` events
     without an id tell of its place.
     """
-    seen = int(last_event_id) if last_event_id and last_event_id.isdecimal() else 0
+    number = int(last_event_id) if last_event_id and last_event_id.isdecimal() else 0
     place: tuple[int | None, float | None] | None = None
-    while True:
-        current = await run_in_threadpool(service.store.job, row.id)
-        if current is None or current.gone_at is not None:
-            return
-        turns = await run_in_threadpool(service.view.turns, current)
-        if current.event > seen:
-            for event in await run_in_threadpool(service.store.events_after, row.id, seen):
-                seen = event.number
-                job = job_view(row, turns, event.body)
-                yield ServerSentEvent(raw_data=job.model_dump_json(), event=event.kind, id=str(seen), retry=1000)
-                if job.state.final:
-                    return
-            continue
-        if JobState(current.state).final:
-            return
-        if current.state == JobState.QUEUED:
-            job = job_view(current, turns)
-            if (job.queue_position, job.eta_s) != place:
-                place = job.queue_position, job.eta_s
+    sighting: Sighting | None = None
+    async with service.lookout.follow(row.id) as followed:
+        while True:
+            sighting = await followed.news(sighting)
+            current, turns = sighting.row, sighting.turns
+            if current is None or current.gone_at is not None:
+                return
+            while current.event > number:
+                found = await run_in_threadpool(service.store.events_after, row.id, number)
+                if not found:  # the job has just gone
+                    break
+                for event in found:
+                    number = event.number
+                    job = job_view(row, turns, event.body)
+                    yield ServerSentEvent(raw_data=job.model_dump_json(), event=event.kind, id=str(number), retry=1000)
+                    if job.state.final:
+                        return
+            if JobState(current.state).final:
+                return
+            if current.state == JobState.QUEUED and turns.place(row.id) != place:
+                place = turns.place(row.id)
+                job = job_view(current, turns)
                 yield ServerSentEvent(raw_data=job.model_dump_json(), event="queue")
-        await asyncio.sleep(EVENT_SECONDS)
 
 
 @router.post("/jobs/{job_id}/cancel", response_model=Job, responses=_ABOUT_A_RESULT, tags=["jobs"])

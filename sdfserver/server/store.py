@@ -288,6 +288,11 @@ class Store:
         with self._read() as connection:
             return connection.execute(query).first()
 
+    def jobs_of(self, ids: Sequence[str]) -> Sequence[Row]:
+        """The rows of some jobs, whosever they are."""
+        with self._read() as connection:
+            return connection.execute(sa.select(jobs).where(jobs.c.id.in_(ids))).all()
+
     def list_jobs(
         self, owner: str, *, state: JobState | None = None, before: int | None = None, limit: int = 50
     ) -> Sequence[Row]:

@@ -17,9 +17,15 @@ QUEUE_SECONDS = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Turns:
+class Turns:
+    """Places in the queue, and seconds to the end where they can be told, by job."""
+
     positions: Mapping[str, int] = field(default_factory=dict)
     etas: Mapping[str, float] = field(default_factory=dict)
+
+    def place(self, job_id: str) -> tuple[int | None, float | None]:
+        """Those of a job; None where it does not wait."""
+        return self.positions.get(job_id), self.etas.get(job_id)
 
 
 class QueueView:
@@ -29,9 +35,9 @@ class QueueView:
         self._store, self._lease = store, lease_seconds
         self._lock = Lock()
         self._seen_at = float("-inf")
-        self._turns = _Turns()
+        self._turns = Turns()
 
-    def turns(self, *jobs: Row) -> _Turns:
+    def turns(self, *jobs: Row) -> Turns:
         """The queue as it was a moment ago; as it is, where one of `jobs` waits that had not come by then."""
         with self._lock:
             unseen = any(job.state == JobState.QUEUED and job.id not in self._turns.positions for job in jobs)
@@ -40,12 +46,12 @@ class QueueView:
                 self._seen_at = time.monotonic()
             return self._turns
 
-    def _look(self) -> _Turns:
+    def _look(self) -> Turns:
         positions: dict[str, int] = {}
         etas: dict[str, float] = {}
         queue = self._store.queue()
         if not queue:
-            return _Turns()
+            return Turns()
         typical = self._store.typical_seconds()
         workers = len(living(self._store, self._lease))
         free_at, known = [0.0] * max(1, workers), workers > 0
@@ -64,10 +70,10 @@ class QueueView:
             if known:
                 free_at[first] += sum(value for value in seconds if value is not None)
                 etas[row.id] = free_at[first]
-        return _Turns(positions=positions, etas=etas)
+        return Turns(positions=positions, etas=etas)
 
 
-def job_view(row: Row, turns: _Turns, event: Mapping[str, Any] | None = None) -> Job:
+def job_view(row: Row, turns: Turns, event: Mapping[str, Any] | None = None) -> Job:
     """A job as it stands, or as it stood at one of its events: whose turn it was then is not known."""
     now = {name: row._mapping[name] for name in EVENT_COLUMNS} | dict(event or {})
     state, path = JobState(now["state"]), f"{JOBS}/{row.id}"

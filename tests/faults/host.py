@@ -268,7 +268,10 @@ class Host:
         for process in (*self.processes("serve"), *self.processes("api"), *self.processes("worker")):
             with suppress(psutil.NoSuchProcess):
                 process.terminate()
-        until(lambda: not self.processes(), patience_s=120, pause_s=0.1)
+        end = time.monotonic() + 120
+        while left := self.processes():
+            assert time.monotonic() < end, ([_described(process) for process in left], self.said()[-2000:])
+            time.sleep(0.1)
 
     def _files(self) -> set[Path]:
         """All files, and all empty folders."""
@@ -286,6 +289,13 @@ class Host:
 
 def _variables(settings: dict[str, Any]) -> dict[str, str]:
     return {f"SDFSERVER_{name.upper()}": str(value) for name, value in settings.items()}
+
+
+def _described(process: psutil.Process) -> str:
+    with suppress(psutil.Error, OSError):
+        waits = Path(f"/proc/{process.pid}/wchan").read_text()
+        return f"{_role(process)}, {process.status()}, in {waits or 'user code'}, {process.num_threads()} threads"
+    return "ended"
 
 
 def _role(process: psutil.Process) -> str:

@@ -37,6 +37,7 @@ def figures(host: Host) -> dict[str, Any]:
                 taken[role] = {
                     "rss_mib": process.memory_info().rss / 2**20,
                     "handles": process.num_fds(),
+                    "connections": len(process.net_connections("tcp")),
                     "threads": process.num_threads(),
                 }
     database = sum(path.stat().st_size for path in host.data.glob("sdfserver.sqlite3*"))
@@ -66,7 +67,7 @@ def many_jobs(host: Host, jobs: int) -> dict[str, Any]:
         role: {
             what: mean(look[role][what] for look in warm[middle:]) / mean(look[role][what] for look in warm[:middle])
             - 1
-            for what in warm[0][role]
+            for what in ("rss_mib", "handles", "threads")
         }
         for role in ROLES
     }
@@ -90,14 +91,14 @@ def silent_clients(host: Host, clients: int) -> dict[str, Any]:
         for _ in range(clients):
             connection = stack.enter_context(socket.create_connection(("127.0.0.1", host.port), 30))
             connection.sendall(f"GET /v1/jobs/{job}/events HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
-        until(lambda: figures(host)["api"]["handles"] >= before["handles"] + clients)
+        until(lambda: figures(host)["api"]["connections"] >= before["connections"] + clients)
         time.sleep(2)
         api.cpu_percent()
         waits = [answers(host) for _ in range(50)]
         time.sleep(20)
         busy = api.cpu_percent()
         during = figures(host)["api"]
-    until(lambda: figures(host)["api"]["handles"] <= before["handles"] + 5)
+    until(lambda: figures(host)["api"]["connections"] <= before["connections"] + 2)
     host.client.job(job).cancel()
     return {
         "clients": clients, "before": before, "during": during, "after": figures(host)["api"], "cpu_percent": busy,

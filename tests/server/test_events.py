@@ -4,7 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -175,3 +175,27 @@ def test_a_real_job_tells_of_its_fit_and_its_mesh(served: Served, after: int | N
     assert all(job["losses"] for job in fit)
     assert any(job["eta_s"] is not None for job in fit)
     assert live[-1].job == served.job
+
+
+def test_many_who_follow_cost_no_more_looks_than_one(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = api.submit()["id"]
+    store, looks, others = api.store, [], []
+    jobs_of, row_of = store.jobs_of, store.job
+    monkeypatch.setattr(store, "jobs_of", lambda ids: looks.append(list(ids)) or jobs_of(ids))
+    monkeypatch.setattr(store, "job", lambda *asked: others.append(asked) or row_of(*asked))
+    with ExitStack() as stack:
+        streams = [stack.enter_context(following(api, job)) for _ in range(30)]
+        until(lambda: all(len(stream.events()) == 2 for stream in streams))
+        looks.clear()
+        others.clear()
+        began = time.monotonic()
+        until(lambda: len(looks) >= 4)
+        assert len(looks) <= 2 + (time.monotonic() - began) / 0.25
+        assert set(map(tuple, looks)) == {(job,)}
+        assert others == []
+        store.cancel(job, 60)
+        until(lambda: all(stream.ended for stream in streams))
+        assert {stream.events()[-1].job["state"] for stream in streams} == {"cancelled"}
+    looks.clear()
+    time.sleep(1.0)
+    assert looks == [], "nobody follows anything any more"
