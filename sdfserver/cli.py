@@ -345,7 +345,7 @@ def reconstruct(
     if report is not None:
         _write_report(report_json(result.report), report)
     if not quiet:
-        _say(_summary(output, result.report))
+        _say_result(output, result.report)
 
 
 @app.command()
@@ -438,7 +438,7 @@ def submit(
     if report is not None:
         _write_report(json.dumps(result, indent=2).encode() + b"\n", report)
     if not quiet:
-        _say(_summary(output, result))
+        _say_result(output, result)
 
 
 @app.command(rich_help_panel="Service")
@@ -688,6 +688,12 @@ def _write_report(text: bytes, path: Path) -> None:
 
     with replacing(path) as stream:
         stream.write(text)
+
+
+def _say_result(output: Path, report: dict[str, Any]) -> None:
+    _say(_summary(output, report))
+    for warning in report.get("warnings", ()):  # a server of an earlier version has none
+        _say(f"warning: {warning}")
 
 
 def _summary(output: Path, report: dict[str, Any]) -> str:

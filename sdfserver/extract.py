@@ -90,6 +90,52 @@ class ExtractedSurface:
     lipschitz: float
 
 
+class CappedField:
+    """A field whose level set is closed where it would leave the cube: along walls half a voxel within its faces.
+
+    Beyond the walls all is outside, or all inside if most of the cube's faces are inside, as around a room.
+    """
+
+    def __init__(self, field: ScalarField, *, resolution: int, level: float) -> None:
+        self._field, self._level, self._wall = field, level, 1 - 1 / resolution
+        axis = torch.linspace(-1, 1, 17, device=field.device)
+        grid = torch.cartesian_prod(axis, axis, axis)
+        with torch.no_grad():
+            faces = field.value(grid[(grid.abs() == 1).any(dim=1)])
+        self._solid = bool((faces < level).float().mean() > 0.5)
+
+    @property
+    def device(self) -> torch.device:
+        """As the field's."""
+        return self._field.device
+
+    def value(self, x: Tensor) -> Tensor:
+        """The value (n,) at x (n, 3)."""
+        phi, beyond = self._field.value(x), x.abs().amax(dim=1) - self._wall
+        return torch.minimum(phi, self._level - beyond) if self._solid else torch.maximum(phi, self._level + beyond)
+
+    def value_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The value (n,) and its gradient (n, 3) at x (n, 3)."""
+        phi, gradient = self._field.value_and_gradient(x)
+        beyond, axis = (x.abs() - self._wall).max(dim=1)
+        side = torch.zeros_like(x).scatter_(1, axis[:, None], x.gather(1, axis[:, None]).sign())
+        if self._solid:
+            beyond, side = -beyond, -side
+        walls = self._level + beyond
+        there = walls < phi if self._solid else walls > phi
+        return torch.where(there, walls, phi), torch.where(there[:, None], side.to(gradient), gradient)
+
+
+def leaves_the_cube(surface: ExtractedSurface, resolution: int) -> bool:
+    """Whether the surface has a border, which it can have on a face of the cube alone."""
+    if not (np.abs(surface.vertices_unit) > 1 - 2 / resolution).any():
+        return False
+    faces = surface.faces
+    edges = np.sort(np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]), axis=1)
+    _, count = np.unique(edges[:, 0] * len(surface.vertices_unit) + edges[:, 1], return_counts=True)
+    return bool((count == 1).any())
+
+
 def extract(
     field: ScalarField,
     *,

@@ -34,6 +34,8 @@ MOST_REFUSED = 0.25
 """Share of all cells that may be found worse with a local network before a coarse fit that was cut short goes on."""
 SUSPECT_DISAGREEMENT = 0.05
 """Share of contradicting normals from which on they are named as what may have made a fit fail."""
+ANOTHER = "try another seed or preset"
+"""What is left to be said where nothing is known to be wrong."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -435,7 +437,7 @@ def _advice(cloud: PointCloud) -> str:
     share = disagreement(cloud.points, normals)
     if share > SUSPECT_DISAGREEMENT:
         return f"{share:.0%} of the normals contradict the others on which side is outside: use --normals estimate"
-    return "try another seed or preset"
+    return ANOTHER
 
 
 def _keep_thread_limit() -> None:

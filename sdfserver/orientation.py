@@ -3,6 +3,7 @@
 Arrays of points and unit normals in, both (n, 3); signs are +1 or -1, to be multiplied with the normals.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,8 @@ _FEWEST_CONTRADICTIONS = 0.002
 """Fewer pairs at opposite sides than this do not make patches that contradict each other."""
 _MOST_CONTRADICTIONS = 0.12
 """With more, noise has mixed the two sides of thin walls, and any tree would seem to resolve it."""
+_LEVEL = 0.3
+"""Two neighbours that both lie this much behind each other (cosines, summed) are on two sides of a wall."""
 _RESOLVED = 0.08
 """The share of contradictions that may be left where a tree is believed."""
 
@@ -55,6 +58,48 @@ def disagreement(points: NDArray[np.float64], normals: NDArray[np.float64], devi
     return max(share, flipped) if resolved else share
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Agreement:
+    """What makes normals agree with those around them, as far as anything does.
+
+    signs: (n,) +1 or -1, to multiply them with. flipped: the share of -1.
+    seam: pairs of neighbours that contradict each other whatever the signs, over the root of the number of points: the
+    length of a seam in spacings, about, over how many spacings the surface is wide; 0 on every surface with two sides.
+    """
+
+    signs: NDArray[np.float64]
+    flipped: float
+    seam: float
+
+
+def agreement_of(points: NDArray[np.float64], normals: NDArray[np.float64], device: str = "cpu") -> Agreement:
+    """The signs that make normals agree: of single ones that most around them contradict, then of whole patches.
+
+    Patches are told as `disagreement` does, and turned where they are the smaller side of a piece of surface. All of
+    the points are looked at, their neighbours on `device`. Deterministic.
+    """
+    signs = np.ones(len(points))
+    if len(points) < 2:
+        return Agreement(signs=signs, flipped=0.0, seam=0.0)
+    pairs = _neighbours(points, normals, _JUDGED_NEIGHBOURS, device)
+    share, walls = _opposite_share(pairs, signs)
+    if walls > 3 * share:
+        return Agreement(signs=signs, flipped=0.0, seam=0.0)
+    # Each of two points on either side of a thin wall lies behind the other; of two on one surface, one of which is
+    # turned, one lies as far behind as the other in front.
+    level = np.abs(pairs.behind_first + pairs.behind_second) < _LEVEL
+    pairs = pairs.among(_comparable(pairs) & ((pairs.agreement > 0) | level))
+    signs = _without_lone_flips(pairs, signs)
+    left, seam = _opposite_share(pairs, signs)[0], 0.0
+    if left > 0 and len(points) >= _FEWEST_FOR_PATCHES:
+        tree_signs, _ = _tree_signs(pairs, signs, smaller_side=True)
+        seam = _contradictions(pairs, tree_signs) / math.sqrt(len(points))
+        resolved = _opposite_share(pairs, tree_signs)[0] < _RESOLVED * left
+        if resolved and _FEWEST_CONTRADICTIONS < left < _MOST_CONTRADICTIONS:
+            signs = tree_signs
+    return Agreement(signs=signs, flipped=float((signs < 0).mean()), seam=seam)
+
+
 def consistent_signs(points: NDArray[np.float64], normals: NDArray[np.float64], neighbours: int) -> NDArray[np.float64]:
     """Signs (n,) that make normals agree along a spanning tree of the most similar neighbours (Hoppe et al. 1992).
 
@@ -79,6 +124,17 @@ class _Pairs:
     agreement: NDArray[np.float64]
     behind_first: NDArray[np.float64]
     behind_second: NDArray[np.float64]
+
+    def among(self, chosen: NDArray[np.bool_]) -> "_Pairs":
+        """These pairs alone."""
+        return _Pairs(
+            count=self.count,
+            first=self.first[chosen],
+            second=self.second[chosen],
+            agreement=self.agreement[chosen],
+            behind_first=self.behind_first[chosen],
+            behind_second=self.behind_second[chosen],
+        )
 
 
 def _neighbours(
@@ -110,14 +166,26 @@ def _opposite_share(pairs: _Pairs, signs: NDArray[np.float64]) -> tuple[float, f
     in front), while on one surface with wrong signs as many are in front as behind: only that balanced part counts.
     The share of the rest, the walls, comes second.
     """
-    comparable = np.maximum(np.abs(pairs.behind_first), np.abs(pairs.behind_second)) < 0.5
-    comparable &= np.abs(pairs.agreement) > 0.5
+    comparable = _comparable(pairs)
     opposite = comparable & (pairs.agreement * signs[pairs.first] * signs[pairs.second] < 0)
     offset = (pairs.behind_first * signs[pairs.first] + pairs.behind_second * signs[pairs.second])[opposite]
     front, behind = int((offset > 0).sum()), int((offset < 0).sum())
     level = len(offset) - front - behind
     total = max(int(comparable.sum()), 1)
     return (2 * min(front, behind) + level) / total, abs(front - behind) / total
+
+
+def _comparable(pairs: _Pairs) -> NDArray[np.bool_]:
+    """Which pairs lie on one piece of surface, as far as two points can tell."""
+    level = np.maximum(np.abs(pairs.behind_first), np.abs(pairs.behind_second)) < 0.5
+    return level & (np.abs(pairs.agreement) > 0.5)
+
+
+def _contradictions(pairs: _Pairs, signs: NDArray[np.float64]) -> int:
+    """How many pairs on ground that is flat beyond doubt contradict each other."""
+    flat = np.maximum(np.abs(pairs.behind_first), np.abs(pairs.behind_second)) < 0.3
+    flat &= np.abs(pairs.agreement) > 0.8
+    return int((flat & (pairs.agreement * signs[pairs.first] * signs[pairs.second] < 0)).sum())
 
 
 def _without_lone_flips(pairs: _Pairs, signs: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -128,8 +196,13 @@ def _without_lone_flips(pairs: _Pairs, signs: NDArray[np.float64]) -> NDArray[np
     return signs
 
 
-def _tree_signs(pairs: _Pairs, signs: NDArray[np.float64]) -> tuple[NDArray[np.float64], float]:
-    """Signs that agree along the minimum spanning tree, and the share of `signs` that differ (the smaller side)."""
+def _tree_signs(
+    pairs: _Pairs, signs: NDArray[np.float64], *, smaller_side: bool = False
+) -> tuple[NDArray[np.float64], float]:
+    """Signs that agree along the minimum spanning tree, and the share of `signs` that differ (the smaller side).
+
+    Of the two choices for a piece that which turns fewer, with `smaller_side`, else that which leaves its first point.
+    """
     n = pairs.count
     low, high = np.minimum(pairs.first, pairs.second), np.maximum(pairs.first, pairs.second)
     once = np.unique(low * n + high, return_index=True)[1]
@@ -148,4 +221,6 @@ def _tree_signs(pairs: _Pairs, signs: NDArray[np.float64]) -> tuple[NDArray[np.f
     root = np.unique(piece, return_index=True)[1]
     flip = choice[:n] != choice[root[piece]]
     sizes, flips = np.bincount(piece), np.bincount(piece, weights=flip)
+    if smaller_side:
+        flip ^= (2 * flips > sizes)[piece]
     return np.where(flip, -signs, signs), float(np.minimum(flips, sizes - flips).sum() / n)

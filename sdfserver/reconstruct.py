@@ -14,13 +14,14 @@ import numpy as np
 import torch
 
 import sdfserver
+from sdfserver.assumptions import Assumptions, Mending, measure, mended, warnings_of
 from sdfserver.cloud import Frame, PointCloud, drop_strays, validate
 from sdfserver.config import PRESETS, FitConfig, LocalConfig, MeshConfig, NetworkConfig, preset_named
 from sdfserver.device import without_trace
-from sdfserver.errors import DeviceError, NoSurfaceError, SdfServerError
-from sdfserver.extract import ExtractedSurface, extract
+from sdfserver.errors import DeviceError, DivergenceError, NoSurfaceError, SdfServerError
+from sdfserver.extract import CappedField, ExtractedSurface, extract, leaves_the_cube
 from sdfserver.field import SignedDistanceField
-from sdfserver.fit import Failure, FitJob, FitProgress, FitReport, fit_together
+from sdfserver.fit import ANOTHER, Failure, FitJob, FitProgress, FitReport, fit_together
 from sdfserver.mesh import (
     TriangleMesh,
     drop_small_components,
@@ -40,6 +41,10 @@ STAGES = {"prepare": 0.05, "fit": 0.75, "mesh": 0.15, "measure": 0.05}
 """Stages in order, and the share of the whole that each stands for in the progress."""
 MEASURED_POINTS = 300_000
 """Points of a larger cloud whose distance to the mesh is measured."""
+_CUT = (
+    "cut_by_frame: the surface runs out of the box that is searched for it, a little larger than the cloud's, and is "
+    "closed along the walls of that box; --trim DISTANCE cuts away what is far from all points"
+)
 FIT_STAGES = ("prepare", "fit")
 MESH_STAGES = ("mesh", "measure")
 
@@ -238,7 +243,7 @@ def fit_fields(
         )
     for (i, prepared), fitted in zip(ready.items(), fits, strict=True):
         if isinstance(fitted, Exception):
-            found[i] = fitted
+            found[i] = _explained(fitted, prepared)
             continue
         field, fit_report = SignedDistanceField(fitted[0], prepared.frame), fitted[1]
         report = start_report(
@@ -255,6 +260,8 @@ def fit_fields(
                 "strays_dropped": prepared.strays,
                 "scale_to_unit": prepared.frame.scale,
             },
+            "assumptions": asdict(prepared.assumptions),
+            "warnings": prepared.warnings,
             "seconds": {**prepared.clock.seconds, "pool": fit_report.seconds_pool},
             "fit": fit_section(fit_report, prepared.frame),
         }
@@ -270,7 +277,14 @@ class _Prepared:
     clock: Clock
     cloud: PointCloud
     strays: int
+    assumptions: Assumptions
+    mending: Mending
     frame: Frame
+
+    @property
+    def warnings(self) -> list[str]:
+        """Which assumptions the cloud fails, in words."""
+        return warnings_of(self.assumptions, self.mending)
 
     def fit_job(self) -> FitJob:
         """What is asked of the fit."""
@@ -294,11 +308,22 @@ def _prepared(job: FieldJob, device: torch.device) -> _Prepared:
     with clock.running("prepare"):
         cloud, strays = drop_strays(job.cloud)  # first: one far stray makes the rest look like a single place
         cloud = validate(cloud, device=str(device))
+        assumptions = measure(cloud, device=str(device))
+        cloud, mending = mended(cloud, assumptions, device=str(device))
         sketch = cloud.points[sketch_rows(len(cloud.points), np.random.default_rng(job.seed))]
         frame = Frame.around(cloud.points, margin=spacing_of(sketch, device))
         if job.on_cloud is not None:
             job.on_cloud(cloud)
-    return _Prepared(job=job, clock=clock, cloud=cloud, strays=strays, frame=frame)
+    return _Prepared(
+        job=job, clock=clock, cloud=cloud, strays=strays, assumptions=assumptions, mending=mending, frame=frame
+    )
+
+
+def _explained(error: Failure, prepared: _Prepared) -> Failure:
+    """The error, and beside one of a fit that came to nothing what is known to be wrong with the cloud."""
+    if not isinstance(error, DivergenceError) or not prepared.warnings:
+        return error
+    return DivergenceError("; ".join([str(error).removesuffix(f"; {ANOTHER}"), *prepared.warnings]))
 
 
 def mesh_field(
@@ -311,17 +336,21 @@ def mesh_field(
 ) -> MeshedField:
     """The second half of `reconstruct`: the mesh of `field`, measured against the `cloud` it was fitted to."""
     clock = clock or Clock(None, MESH_STAGES)
-    resolution = config.resolution_for(field.detail)
+    resolution, level = config.resolution_for(field.detail), config.level_world * field.frame.scale
+    settings: dict[str, Any] = {
+        "resolution": resolution,
+        "level": level,
+        "projection_steps": config.projection_steps,
+        "on_progress": clock.report,
+        "should_stop": should_stop,
+    }
     with clock.running("mesh"):
         try:
-            surface = extract(
-                field,
-                resolution=resolution,
-                level=config.level_world * field.frame.scale,
-                projection_steps=config.projection_steps,
-                on_progress=clock.report,
-                should_stop=should_stop,
-            )
+            surface = extract(field, **settings)
+            cut = leaves_the_cube(surface, resolution)
+            if cut:
+                capped = CappedField(field, resolution=resolution, level=level)
+                surface = extract(capped, **settings | {"on_progress": None})  # progress never falls
         except NoSurfaceError as error:
             raise error.scaled(1 / field.frame.scale) from None
         triangles = finish_mesh(to_world(surface, field.frame), cloud, config, device=str(field.device))
@@ -337,7 +366,9 @@ def mesh_field(
             "resolution": resolution,
             "field_evaluations": surface.evaluations,
             "gradient_evaluations": surface.gradient_evaluations,
+            "cut_by_frame": cut,
         },
+        "warnings": [_CUT] if cut else [],
     }
     return MeshedField(mesh=triangles, report=report)
 
@@ -373,6 +404,7 @@ def join_reports(fit_report: dict[str, Any], mesh_report: dict[str, Any]) -> dic
         **fit_report,
         **mesh_report,
         "config": fit_report["config"] | mesh_report["config"],
+        "warnings": [*fit_report.get("warnings", []), *mesh_report["warnings"]],
         "seconds": {**seconds, "total": sum(seconds[stage] for stage in STAGES)},
     }
 

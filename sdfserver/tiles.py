@@ -13,7 +13,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sdfserver.assumptions import measure, warnings_of
 from sdfserver.cloud import Frame, PointCloud, checked, drop_strays, validate
 from sdfserver.config import PRESETS, LocalConfig, MeshConfig
 from sdfserver.errors import CloudError, ConfigError, FieldFormatError, OutputError, Stopped
@@ -101,6 +102,7 @@ def fit_tiles(
     work = _Folder(Path(folder), path, {"preset": preset, "seed": seed, "tile_points": tile_points})
     with clock.running("prepare"):
         survey = _survey(work, path, seed, torch_device)
+        assumptions = measure(survey.sketch, device=str(torch_device))
         local = replace(local, most_cells=max(local.most_cells, survey.count // POINTS_PER_CELL))
         unit = PointCloud(points=survey.frame.to_unit(survey.sketch.points), normals=survey.sketch.normals)
         samples = sketch_samples(
@@ -129,6 +131,8 @@ def fit_tiles(
             "strays_dropped": survey.strays,
             "scale_to_unit": survey.frame.scale,
         },
+        "assumptions": asdict(assumptions),
+        "warnings": warnings_of(assumptions),
         "seconds": dict(clock.seconds),
         "fit": {**about, "local": local_section(refined, survey.frame), "tiles": len(tiles.parts)},
     }

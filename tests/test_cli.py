@@ -47,6 +47,7 @@ class Fit:
         self.options: dict[str, Any] = {}
         self.during: Callable[[dict[str, Any]], object] = lambda options: None
         self.volume = 1.0
+        self.warnings: list[str] = []
 
     def __call__(self, cloud: PointCloud, **options: Any) -> SimpleNamespace:
         self.cloud, self.options = cloud, options
@@ -57,6 +58,7 @@ class Fit:
             "input_to_mesh": {"mean": 0.00123, "max": 0.5},
             "fit": {"losses": {"eikonal": float("nan")}},
             "seconds": {"total": 1.0},
+            "warnings": self.warnings,
         }
         field = SimpleNamespace(save=lambda path: Path(path).write_bytes(b"a field"))
         return SimpleNamespace(mesh=TETRAHEDRON, field=field, report=report)
@@ -102,6 +104,17 @@ def test_a_hollow_is_called_one(fit: Fit, knot: str, tmp_path: Path, capsys: pyt
     fit.volume = -1.0
     assert cli.main(["reconstruct", knot, "-o", str(tmp_path / "a.ply")]) == 0
     assert "; a hollow seen from inside, for the normals face it; " in one_line(capsys.readouterr().err)
+
+
+def test_warnings_are_lines_of_their_own_and_quiet_silences_them(
+    fit: Fit, knot: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit.warnings = ["thin: 94% of the points lie on walls", "open_surface: the surface is open"]
+    assert cli.main(["reconstruct", knot, "-o", str(tmp_path / "a.ply")]) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert said[1:] == [f"sdfserver: warning: {warning}" for warning in fit.warnings]
+    assert cli.main(["reconstruct", knot, "-o", str(tmp_path / "b.ply"), "--quiet"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_the_cloud_arrives_as_the_file_has_it(fit: Fit, knot: str, tmp_path: Path) -> None:

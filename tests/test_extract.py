@@ -13,7 +13,7 @@ from torch import Tensor
 import sdfserver.extract as module
 from sdfserver.config import NetworkConfig
 from sdfserver.errors import ExtractionError, Stopped
-from sdfserver.extract import ExtractedSurface, extract
+from sdfserver.extract import CappedField, ExtractedSurface, extract, leaves_the_cube
 from sdfserver.mesh import face_normals
 from sdfserver.siren import Siren
 
@@ -369,3 +369,33 @@ def test_cuda_gives_the_mesh_of_the_cpu() -> None:
     on_cuda = extract(cpu, resolution=48, dtype=torch.float64)
     np.testing.assert_allclose(on_cuda.vertices_unit, on_cpu.vertices_unit, rtol=0, atol=1e-9)
     assert np.array_equal(on_cuda.faces, on_cpu.faces)
+
+
+@pytest.mark.parametrize("sign", [1, -1], ids=["body", "room"])
+def test_a_surface_that_leaves_the_cube_is_closed_along_its_faces(sign: int) -> None:
+    def function(x: Tensor) -> Tensor:
+        return sign * (x.norm(dim=1) - 1.2)
+
+    resolution, level = 32, 0.05 * sign
+    field = Field(function)
+    settings = {"resolution": resolution, "level": level, "dtype": torch.float64}
+    bare = extract(field, **settings)
+    assert leaves_the_cube(bare, resolution)
+    assert not is_closed_manifold(bare.faces)
+    surface = extract(CappedField(field, resolution=resolution, level=level), **settings)
+    assert not leaves_the_cube(surface, resolution)
+    assert is_closed_manifold(surface.faces)
+    assert np.abs(surface.vertices_unit).max() <= 1
+    on_walls = np.abs(surface.vertices_unit).max(axis=1) > 1 - 1.5 / resolution
+    radius = np.linalg.norm(surface.vertices_unit, axis=1)
+    assert np.abs(radius[~on_walls] - 1.25).max() < 0.05
+    a, b, c = (surface.vertices_unit[surface.faces[:, i]] for i in range(3))
+    volume = (np.cross(a, b) * c).sum() / 6
+    # A ball of 1.25 in a cube of 2: all of it but the corners; the room is the same, wound to its air.
+    within = np.linalg.norm(np.random.default_rng(0).random((200_000, 3)) * 2 - 1, axis=1) < 1.25
+    assert sign * volume == pytest.approx(8 * within.mean(), rel=0.1)
+
+
+def test_a_surface_within_the_cube_is_not_capped() -> None:
+    assert not leaves_the_cube(surface_of(FIELDS["torus"], 32), 32)
+    assert not leaves_the_cube(surface_of(lambda x: x.norm(dim=1) - 0.99, 32), 32)

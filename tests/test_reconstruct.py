@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from shapes import even_sphere, sphere, torus
+from shapes import directions, even_sphere, sphere, torus
 
 from sdfserver.cloud import PointCloud
 from sdfserver.config import FitConfig, MeshConfig, NetworkConfig, PoolConfig
-from sdfserver.errors import CloudError, ConfigError, DeviceError, NoSurfaceError, Stopped
+from sdfserver.errors import CloudError, ConfigError, DeviceError, DivergenceError, NoSurfaceError, Stopped
 from sdfserver.reconstruct import (
     FIT_STAGES,
     MESH_STAGES,
@@ -175,3 +175,57 @@ def test_fields_of_several_clouds_are_those_of_each_alone_and_one_failure_is_one
         assert fitted.report["fit"]["held_out"] == pytest.approx(alone.report["fit"]["held_out"], rel=0.1, abs=1e-3)
         assert [progress.step for progress in seen[i] if progress.step] == [*range(25, 251, 25)]
         assert np.allclose(fitted.field.evaluate(clouds[i].points), alone.field.evaluate(clouds[i].points), atol=5e-3)
+
+
+def test_of_a_sound_cloud_the_report_has_figures_and_no_warnings(torus_job: Reconstruction) -> None:
+    assert torus_job.report["warnings"] == []
+    assert torus_job.report["assumptions"]["normals_inconsistent"] == 0
+    assert torus_job.report["assumptions"]["open_surface"] < 0.1
+    assert torus_job.report["mesh"]["cut_by_frame"] is False
+
+
+def test_turned_normals_are_turned_back_before_the_fit_and_the_report_says_so() -> None:
+    cloud = torus(3000)
+    assert cloud.normals is not None
+    turned = np.arange(3000) % 10 == 0
+    job = quick(PointCloud(points=cloud.points, normals=np.where(turned[:, None], -cloud.normals, cloud.normals)))
+    (warning,) = job.report["warnings"]
+    assert warning.startswith("normals_inconsistent: 10% of the normals")
+    assert "300 were turned to agree" in warning
+    assert job.report["mesh"]["genus"] == 1
+    assert torus_distance(job.mesh.vertices).max() < 0.05
+
+
+def test_outliers_are_left_out_and_the_frame_is_that_of_the_rest() -> None:
+    cloud, rng = torus(3000), np.random.default_rng(1)
+    strange = PointCloud(points=rng.random((150, 3)) * 2.4 - 1.2, normals=directions(150))
+    assert cloud.normals is not None
+    both = PointCloud(
+        points=np.concatenate([cloud.points, strange.points]), normals=np.concatenate([cloud.normals, strange.normals])
+    )
+    fitted = fit_field(both, network=SMALL, fit_config=QUICK, device="cpu")
+    assert 3000 <= len(fitted.cloud.points) < 3030
+    assert fitted.report["cloud"]["points"] == 3150
+    assert fitted.report["cloud"]["used"] == len(fitted.cloud.points)
+    assert fitted.report["warnings"][0].startswith("outliers: ")
+    assert f"{3150 - len(fitted.cloud.points)} were left out" in fitted.report["warnings"][0]
+
+
+def test_a_fit_that_comes_to_nothing_says_what_is_wrong_with_the_cloud() -> None:
+    cloud, hopeless = sphere(800), replace(QUICK, steps=50, learning_rate=1e30)
+    assert cloud.normals is not None
+    inward = PointCloud(points=cloud.points, normals=-cloud.normals)
+    with pytest.raises(DivergenceError, match="normals_inward: 100% of the normals"):
+        fit_field(inward, network=SMALL, fit_config=hopeless, device="cpu")
+
+
+def test_an_open_room_gives_a_closed_mesh_that_is_cut_by_its_frame() -> None:
+    room = sphere(4000)
+    assert room.normals is not None
+    lower = room.points[:, 2] < 0.3
+    job = quick(PointCloud(points=room.points[lower], normals=-room.normals[lower]))
+    assert job.report["mesh"]["watertight"]
+    assert job.report["mesh"]["non_manifold_edges"] == 0
+    said = {warning.split(":")[0] for warning in job.report["warnings"]}
+    assert ("cut_by_frame" in said) == job.report["mesh"]["cut_by_frame"]
+    assert "open_surface" in said

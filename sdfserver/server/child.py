@@ -378,6 +378,7 @@ def _leave(one: _Opened, fitted: "FittedField | Exception") -> None:
         raise fitted
     about, folder = fitted.report["cloud"], one.task.folder
     about["outliers_removed"], about["strays_dropped"] = one.outliers, about["strays_dropped"] + one.strays
+    fitted.report["warnings"] = [_in_our_words(warning, one.task) for warning in fitted.report["warnings"]]
     fitted.field.save(folder / FIELD)
     _save_cloud(fitted.cloud, folder / CLOUD)
     (folder / FIT_REPORT).write_bytes(report_json(fitted.report))
@@ -435,6 +436,7 @@ def _mesh(task: MeshTask, reporter: _Reporter) -> None:
     write_surface(meshed.mesh, cloud, task.folder / PREVIEW)
     write_picture(meshed.mesh, task.folder / PICTURE)
     fit_report = json.loads((task.field_folder / FIT_REPORT).read_bytes())
+    meshed.report["warnings"] = [_in_our_words(warning, task) for warning in meshed.report["warnings"]]
     (task.folder / REPORT).write_bytes(report_json(join_reports(fit_report, meshed.report)))
     seal(task.folder)
 
@@ -447,9 +449,19 @@ def _save_cloud(cloud: "PointCloud", path: Path) -> None:
     np.savez(path, points=cloud.points, normals=cloud.normals)
 
 
+_OPTIONS = {
+    "--normals estimate": "normals=estimate",
+    "--remove-outliers": "remove_outliers=true",
+    "--trim ": "trim=",
+    "--resolution": "resolution",
+}
+"""The command's options, and what they are called here."""
+
+
 def _in_our_words(message: str, task: FitTask | MeshTask) -> str:
     """The message, with the interface's option for the command's, and the user's name for the cloud instead of ours."""
-    message = message.replace("--normals estimate", "normals=estimate")
+    for command, ours in _OPTIONS.items():
+        message = message.replace(command, ours)
     if isinstance(task, FitTask):
         message = message.replace(str(task.cloud), task.name).replace(task.cloud.name, task.name)
     return message.replace(str(task.folder), "the job's folder")

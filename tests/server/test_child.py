@@ -88,3 +88,16 @@ def test_an_error_of_our_own_is_told_and_ends_the_job_alone(caplog: pytest.LogCa
     assert outcome is not None
     assert (outcome.how, outcome.problem) == ("failed", "internal")
     assert "a mistake" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("said", "here"),
+    [
+        ("use --normals estimate", "use normals=estimate"),
+        ("use --remove-outliers", "use remove_outliers=true"),
+        ("--trim 0.14 cuts away", "trim=0.14 cuts away"),
+        ("raise --resolution", "raise resolution"),
+    ],
+)
+def test_options_are_called_what_they_are_called_in_the_interface(said: str, here: str) -> None:
+    assert child._in_our_words(said, TASK) == here
