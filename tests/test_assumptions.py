@@ -144,18 +144,20 @@ def test_a_moebius_strip_has_a_seam_and_a_band_with_two_sides_has_none() -> None
     assert measure(two_sided).one_sided == 0
 
 
-def test_a_wall_is_thin_only_where_its_points_are_farther_apart() -> None:
-    thin = {}
-    for gap in (0.005, 0.2):
-        top = hard.plane(0).cloud
-        bottom = hard.plane(1).cloud
-        assert top.normals is not None
-        cloud = hard.together(
-            PointCloud(points=top.points + gap * top.normals, normals=top.normals), hard.inverted(bottom)
-        )
-        thin[gap] = measure(cloud).thin
-    assert thin[0.005] > 0.9
-    assert thin[0.2] == 0
+@pytest.mark.parametrize(("gap", "thin"), [(0.3, True), (1.0, True), (5.0, False)])
+def test_a_thin_wall_is_told_and_its_normals_are_left_alone(gap: float, thin: bool) -> None:
+    """`gap` in spacings of one side; a normal across a thin wall contradicts its neighbours, and is right."""
+    spacing = math.sqrt(2 * 1.4 / (hard.N / 2))
+    top, bottom = hard.plane(0).cloud, hard.plane(1).cloud
+    assert top.normals is not None
+    raised = PointCloud(points=top.points + gap * spacing * top.normals, normals=top.normals)
+    both = hard.together(raised, hard.inverted(bottom))
+    assert both.normals is not None
+    found = measure(PointCloud(points=both.points[::2], normals=both.normals[::2]))
+    assert (found.thin > 0.9) == thin
+    assert (found.thin < 0.01) != thin
+    assert found.normals_inconsistent == 0
+    assert found.one_sided == 0
 
 
 def test_the_smallest_of_parts_is_told_by_its_share_of_the_extent() -> None:

@@ -148,6 +148,7 @@ export class JobView {
     if (this.id !== id) return;
     const { mesh, input_to_mesh: distance, seconds, cloud } = report;
     const rows = [
+      ...(report.warnings ?? []).map((warning) => ["Warning", warning]),
       ["Surface", [mesh.watertight ? "closed" : "open", ...(mesh.components > 1 ? [`${mesh.components} parts`] : []),
         ...(mesh.watertight ? [`genus ${mesh.genus}`] : [])].join(", ")],
       ["Triangles", mesh.faces.toLocaleString()],
