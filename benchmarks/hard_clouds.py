@@ -112,7 +112,7 @@ def main() -> int:
     parser.add_argument("--picture", type=Path)
     parser.add_argument("--no-poisson", action="store_true")
     asked = parser.parse_args()
-    presets, names = asked.presets.split(","), asked.only.split(",")
+    presets, names = [name for name in asked.presets.split(",") if name], asked.only.split(",")
     whos = [*presets, *([] if asked.no_poisson else ["Poisson"])]
     rows: list[dict[str, Any]] = []
     rows_of_names = -(-len(names) // PER_ROW)
