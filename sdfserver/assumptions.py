@@ -31,6 +31,8 @@ NEIGHBOURS = 16
 MEAN_NEIGHBOURS = 12
 FAR, ODD = 3.0, 0.4
 """An outlier is so many times farther from its neighbours than is usual, and so much out of their planes (a sine)."""
+OUTLIER_ROUNDS = 2
+"""The second time those are told that had other outliers for neighbours."""
 SIDE_STEPS = 2.0
 """How many spacings to the side of a point its winding number is asked for: nearer, single points tell."""
 LINK = 4.0
@@ -194,10 +196,10 @@ def mended(cloud: PointCloud, found: Assumptions, *, device: str = "cpu") -> tup
     """The cloud with what neighbours can tell put right, and what that was; the same cloud where nothing is wrong."""
     what = Mending()
     if found.outliers > MOST_OUTLIERS:
-        patch = _Patch(cloud.points - cloud.points.mean(axis=0), normals_of(cloud), device)
-        odd = patch.outliers()
-        cloud = PointCloud(points=cloud.points[~odd], normals=normals_of(cloud)[~odd])
-        what = replace(what, outliers=int(odd.sum()))
+        for _ in range(OUTLIER_ROUNDS):
+            odd = _Patch(cloud.points - cloud.points.mean(axis=0), normals_of(cloud), device).outliers()
+            cloud = PointCloud(points=cloud.points[~odd], normals=normals_of(cloud)[~odd])
+            what = replace(what, outliers=what.outliers + int(odd.sum()))
     if found.normals_inconsistent > MOST_INCONSISTENT:
         agreement = agreement_of(cloud.points, normals_of(cloud), device)
         cloud = PointCloud(points=cloud.points, normals=normals_of(cloud) * agreement.signs[:, None])
