@@ -130,9 +130,13 @@ def leaves_the_cube(surface: ExtractedSurface, resolution: int) -> bool:
     """Whether the surface has a border, which it can have on a face of the cube alone."""
     if not (np.abs(surface.vertices_unit) > 1 - 2 / resolution).any():
         return False
-    faces = surface.faces
+    return borders(surface.faces)
+
+
+def borders(faces: NDArray[np.int64]) -> bool:
+    """Whether an edge of faces (f, 3) is in one of them alone."""
     edges = np.sort(np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]), axis=1)
-    _, count = np.unique(edges[:, 0] * len(surface.vertices_unit) + edges[:, 1], return_counts=True)
+    _, count = np.unique(edges[:, 0] * (faces.max(initial=0) + 1) + edges[:, 1], return_counts=True)
     return bool((count == 1).any())
 
 

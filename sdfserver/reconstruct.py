@@ -19,7 +19,7 @@ from sdfserver.cloud import Frame, PointCloud, drop_strays, validate
 from sdfserver.config import PRESETS, FitConfig, LocalConfig, MeshConfig, NetworkConfig, preset_named
 from sdfserver.device import without_trace
 from sdfserver.errors import DeviceError, DivergenceError, NoSurfaceError, SdfServerError
-from sdfserver.extract import CappedField, ExtractedSurface, extract, leaves_the_cube
+from sdfserver.extract import CappedField, ExtractedSurface, borders, extract, leaves_the_cube
 from sdfserver.field import SignedDistanceField
 from sdfserver.fit import ANOTHER, Failure, FitJob, FitProgress, FitReport, fit_together
 from sdfserver.mesh import (
@@ -347,7 +347,8 @@ def mesh_field(
     with clock.running("mesh"):
         try:
             surface = extract(field, **settings)
-            cut = leaves_the_cube(surface, resolution)
+            # Most of what runs out of the cube is a sheet without points, which is dropped in any case.
+            cut = leaves_the_cube(surface, resolution) and _has_border(surface, field.frame, cloud, config)
             if cut:
                 capped = CappedField(field, resolution=resolution, level=level)
                 surface = extract(capped, **settings | {"on_progress": None})  # progress never falls
@@ -371,6 +372,13 @@ def mesh_field(
         "warnings": [_CUT] if cut else [],
     }
     return MeshedField(mesh=triangles, report=report)
+
+
+def _has_border(surface: ExtractedSurface, frame: Frame, cloud: PointCloud, config: MeshConfig) -> bool:
+    mesh = to_world(surface, frame)
+    if config.drop_unsupported:
+        mesh = drop_unsupported_components(mesh, cloud.points)
+    return borders(mesh.faces)
 
 
 def start_report(

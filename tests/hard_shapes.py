@@ -255,12 +255,12 @@ def tube(radius: float, seed: int) -> HardCloud:
 
 
 def wire(seed: int = 0) -> HardCloud:
-    """A wire three spacings thick."""
+    """A wire four spacings thick."""
     return tube(0.02, seed)
 
 
 def hair(seed: int = 0) -> HardCloud:
-    """A wire that is thinner than its points are apart."""
+    """A wire one and a half spacings thick: opposite sides are neighbours."""
     return tube(0.002, seed)
 
 

@@ -69,7 +69,7 @@ def test_a_hard_cloud_gives_a_sensible_mesh_and_the_report_says_what_failed(name
         assert far.normal_consistency > bounds.normals
 
 
-def test_a_wire_thinner_than_its_points_are_apart_is_refused_with_the_reason() -> None:
+def test_a_wire_thinner_than_two_spacings_is_refused_with_the_reason() -> None:
     with pytest.raises(DivergenceError, match=r"; thin: 9\d% of the points lie on walls or wires thinner than two"):
         reconstruct(hard.hair().cloud, preset="draft", device="cpu")
 
