@@ -19,6 +19,8 @@ _FEWEST_CONTRADICTIONS = 0.002
 """Fewer pairs at opposite sides than this do not make patches that contradict each other."""
 _MOST_CONTRADICTIONS = 0.12
 """With more, noise has mixed the two sides of thin walls, and any tree would seem to resolve it."""
+_MANY_TURNED = 0.01
+"""Of the normals, by share: with so many contradicted by those around them, a few contradictions left are no chance."""
 _LEVEL = 0.3
 """Two neighbours that both lie this much behind each other (cosines, summed) are on two sides of a wall."""
 _RESOLVED = 0.08
@@ -95,7 +97,9 @@ def agreement_of(points: NDArray[np.float64], normals: NDArray[np.float64], devi
         tree_signs, _ = _tree_signs(pairs, signs, smaller_side=True)
         seam = _contradictions(pairs, tree_signs) / math.sqrt(len(points))
         resolved = _opposite_share(pairs, tree_signs)[0] < _RESOLVED * left
-        if resolved and _FEWEST_CONTRADICTIONS < left < _MOST_CONTRADICTIONS:
+        # Among many turned ones some lie side by side, and hold each other up.
+        some = left > _FEWEST_CONTRADICTIONS or (signs < 0).mean() > _MANY_TURNED
+        if resolved and some and left < _MOST_CONTRADICTIONS:
             signs = tree_signs
     return Agreement(signs=signs, flipped=float((signs < 0).mean()), seam=seam)
 
