@@ -470,7 +470,9 @@ def _in_our_words(message: str, task: FitTask | MeshTask) -> str:
 def _out_of_memory(error: Exception) -> bool:
     import torch
 
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(error)
+    # A thread is what the system refuses first, for its stack.
+    said = "not enough memory", "can't start new thread"
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in str(error) for words in said)
 
 
 def _lost_device(error: Exception) -> str:
