@@ -348,7 +348,7 @@ def bench(
     torch_device = choose_device(device)
     for path in clouds:
         open_cloud(path).close()  # before the rates, which take seconds
-    truth = None if reference is None else _reference(reference)
+    truth = None if reference is None else reference_mesh(reference)
     rates = measured_rates(torch_device)
     say(rates_text(rates))
     for name in presets:
@@ -380,7 +380,8 @@ def bench(
     }
 
 
-def _reference(path: Path) -> TriangleMesh:
+def reference_mesh(path: Path) -> TriangleMesh:
+    """The mesh in a file, as a reference. Raises CloudError and ConfigError where it cannot be read."""
     open_cloud(path).close()
     try:
         return read_mesh(path)

@@ -21,7 +21,7 @@ import typer
 from typer.exceptions import TyperException
 
 import sdfserver
-from sdfserver.config import PRESETS, MeshConfig, preset_named
+from sdfserver.config import PRESETS, MeshConfig, NetworkConfig, preset_named
 from sdfserver.errors import (
     DEBUG,
     CloudError,
@@ -534,6 +534,112 @@ def bench(
     )
     if output is not None:
         _write_report(json.dumps(figures, indent=1).encode() + b"\n", output)
+
+
+@app.command()
+def compare(
+    cloud: CloudArgument,
+    networks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B,C",
+            show_default="all of them",
+            help="Which: siren, snake, sine, relu, leaky, tanh, softplus, swish, elu, selu, gelu; with +pe behind it a "
+            "positional encoding goes before it, with +rotated one of rotated coordinates.",
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(metavar="N", show_default="1000", help="Give each network so many steps."),
+    ] = None,
+    seconds: Annotated[
+        float | None,
+        typer.Option(metavar="S", show_default=False, help="Give each network as many steps as it takes in S seconds."),
+    ] = None,
+    rates: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B,C",
+            show_default="that of the draft preset",
+            help="Adam's rates to try: each network keeps the one with the least loss on samples held out of its fit.",
+        ),
+    ] = None,
+    hidden: Annotated[int, typer.Option(metavar="N", help="Units of a layer.")] = 96,
+    layers: Annotated[int, typer.Option(metavar="N", help="Hidden layers.")] = 4,
+    resolution: Annotated[int, typer.Option(metavar="N", help="Cells of the meshing grid along each side.")] = 128,
+    reference: Annotated[
+        Path | None,
+        typer.Option(metavar="MESH", show_default=False, help="The true surface of the cloud, to measure errors by."),
+    ] = None,
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", metavar="DIR", help="Where index.html, compare.png and results.json go."),
+    ] = Path("compare"),
+    device: DeviceOption = "auto",
+    seed: SeedOption = 0,
+    quiet: QuietOption = False,
+) -> None:
+    """Fit the networks of the literature to one cloud in the same way, and show them side by side on one page.
+
+    All get the same samples, losses and weights, those of the draft preset, and the same steps, or the same seconds.
+
+    SIREN is the network of reconstruct, but stepped by automatic differentiation like the others.
+    """
+    from sdfserver.compare.choices import DEFAULT, Budget, Choice, choices_named
+    from sdfserver.files import open_cloud
+
+    _check_seed(seed)
+    choices = choices_named(networks or DEFAULT)
+    default_steps = PRESETS["draft"].fit.steps
+    budget = Budget(steps=default_steps if steps is None and seconds is None else steps, seconds=seconds)
+    tried = (PRESETS["draft"].fit.learning_rate,) if rates is None else _numbers(rates, "--rates")
+    NetworkConfig(hidden=hidden, layers=layers)
+    MeshConfig(resolution=resolution)
+    open_cloud(cloud).close()
+    _check_page_folder(out)
+    with _progress_bar(quiet=quiet) as show:
+        # Here, not above: torch takes seconds to load.
+        from sdfserver.bench import reference_mesh
+        from sdfserver.compare.page import write_page
+        from sdfserver.compare.run import Settings, table_text
+        from sdfserver.compare.run import compare as run
+        from sdfserver.compare.trainer import Look
+        from sdfserver.io import read_cloud
+
+        settings = Settings(budget=budget, hidden=hidden, layers=layers, resolution=resolution, seed=seed, rates=tried)
+        truth = None if reference is None else reference_mesh(reference)
+
+        def tell(i: int, choice: Choice, share: float, look: Look) -> None:
+            if show is not None:
+                details = f"{choice.written}  {i + 1}/{len(choices)}  step {look.step}  loss {look.loss:.3g}"
+                show("fit", (i + share) / len(choices), details)
+
+        found = run(read_cloud(cloud), choices, settings, name=cloud.stem, device=device, reference=truth, on_step=tell)
+        out.mkdir(exist_ok=True)
+        write_page(found, out)
+    if not quiet:
+        typer.echo(table_text(found))
+        _say(f"{out}: index.html, compare.png, results.json")
+
+
+def _numbers(text: str, option: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"{option} is {text!r}; it must be numbers with commas between") from None
+
+
+def _check_page_folder(path: Path) -> None:
+    """The folder for a page. Raises OutputError now rather than after the fits, if it could not be written to."""
+    from sdfserver.files import check_writable
+
+    if path.is_dir():
+        for name, kind in (("index.html", "html"), ("compare.png", "png"), ("results.json", "json")):
+            check_writable(path / name, (kind,))
+    elif path.exists():
+        raise OutputError(f"{path} is a file; give a folder")
+    else:
+        check_writable(path.with_name(f"{path.name}.html"), ("html",))
 
 
 def _named_command(text: str) -> tuple[str, str]:
