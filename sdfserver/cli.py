@@ -566,6 +566,7 @@ def compare(
     ] = None,
     hidden: Annotated[int, typer.Option(metavar="N", help="Units of a layer.")] = 96,
     layers: Annotated[int, typer.Option(metavar="N", help="Hidden layers.")] = 4,
+    octaves: Annotated[int, typer.Option(metavar="N", help="Frequencies of the encodings, each twice the last.")] = 2,
     resolution: Annotated[int, typer.Option(metavar="N", help="Cells of the meshing grid along each side.")] = 128,
     reference: Annotated[
         Path | None,
@@ -606,7 +607,9 @@ def compare(
         from sdfserver.compare.trainer import Look
         from sdfserver.io import read_cloud
 
-        settings = Settings(budget=budget, hidden=hidden, layers=layers, resolution=resolution, seed=seed, rates=tried)
+        settings = Settings(
+            budget=budget, hidden=hidden, layers=layers, octaves=octaves, resolution=resolution, seed=seed, rates=tried
+        )
         truth = None if reference is None else reference_mesh(reference)
 
         def tell(i: int, choice: Choice, share: float, look: Look) -> None:

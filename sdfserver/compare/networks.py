@@ -20,8 +20,8 @@ SOFTPLUS_BETA = 100.0
 """Sharpness of the softplus, as Gropp et al. 2020 have it."""
 SNAKE_A = 5.0
 """At which Snake's frequencies begin: Ziyin et al. 2020 advise 5 to 50 where waves are expected."""
-OCTAVES = 4
-"""Frequencies of an encoding: pi, 2 pi, 4 pi, 8 pi."""
+OCTAVES = 2
+"""Frequencies of an encoding: pi, 2 pi. With four, fits of a few hundred steps end at three to four times the loss."""
 
 
 class Snake(nn.Module):
@@ -56,7 +56,7 @@ class Encoding(nn.Module):
 
     frequencies: Tensor
 
-    def __init__(self, rotations: Tensor, *, amplitude: float, keep: bool, octaves: int = OCTAVES) -> None:
+    def __init__(self, rotations: Tensor, *, amplitude: float, keep: bool, octaves: int) -> None:
         """rotations: (r, 3, 3)."""
         super().__init__()
         axes = rotations.reshape(-1, 3)
@@ -90,13 +90,13 @@ def spread_rotations() -> Tensor:
     return torch.stack(rotations).float()
 
 
-def encoding_named(name: str) -> Encoding | None:
+def encoding_named(name: str, octaves: int = OCTAVES) -> Encoding | None:
     """`pe`, `rotated`, or nothing for `none`."""
     if name == "pe":
-        return Encoding(torch.eye(3)[None], amplitude=1.0, keep=True)
+        return Encoding(torch.eye(3)[None], amplitude=1.0, keep=True, octaves=octaves)
     if name == "rotated":
         # A sine and a cosine of this amplitude have a mean square of 1, as the layers behind them expect.
-        return Encoding(spread_rotations(), amplitude=math.sqrt(2), keep=False)
+        return Encoding(spread_rotations(), amplitude=math.sqrt(2), keep=False, octaves=octaves)
     return None
 
 
@@ -194,17 +194,19 @@ def network_named(
     hidden: int = 96,
     layers: int = 4,
     omega: float = 30.0,
+    octaves: int = OCTAVES,
     generator: torch.Generator | None = None,
 ) -> nn.Module:
     """The network called `name`, x (n, 3) -> phi (n,), of so many layers of `hidden` units, behind an `encoding`.
 
-    `omega` is SIREN's; it takes no encoding, for its first layer is one. Raises ConfigError.
+    `octaves` is how many frequencies the encoding has. `omega` is SIREN's, which takes no encoding, for its first layer
+    is one. Raises ConfigError.
     """
     config = NetworkConfig(hidden=hidden, layers=layers, omega=omega)
     choice = Choice(name=name, encoding=encoding)
     if choice.name == "siren":
         return Siren(config, generator=generator)
-    return Mlp(KINDS[name], encoding_named(encoding), hidden=hidden, layers=layers, generator=generator)
+    return Mlp(KINDS[name], encoding_named(encoding, octaves), hidden=hidden, layers=layers, generator=generator)
 
 
 def value_and_gradient(network: nn.Module, x: Tensor, *, keep: bool = False) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ import base64
 import html
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ SHEET_COLUMNS = 5
 CHART = (960, 380)
 MARGIN = (60, 14, 14, 40)
 """Of a chart: left, top, right, bottom."""
+DASH = (12.0, 7.0)
+"""Lengths of a dash and of a gap, in the picture before it is made smaller."""
 STEEPEST = 2.0
 """|grad phi| that has the last colour of a slice; 1 is white."""
 _BLUE, _RED = np.array([33.0, 102.0, 172.0]), np.array([178.0, 24.0, 43.0])
@@ -155,7 +157,7 @@ body { max-width: 1180px; margin: 0 auto; padding: 20px 16px 60px }
 h1 { font-size: 1.5rem; margin: 0 0 .2em } h2 { font-size: 1.15rem; margin: 1.8em 0 .5em }
 p { max-width: 75ch; margin: .4em 0 } .about { color: #56606e }
 .wide { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
-th, td { padding: 4px 10px; text-align: right; border-bottom: 1px solid #e3e7ec; white-space: nowrap }
+th, td { padding: 4px 7px; text-align: right; border-bottom: 1px solid #e3e7ec; white-space: nowrap }
 th:first-child, td:first-child { text-align: left } th { font-weight: 600; color: #56606e }
 tr.sines td { font-weight: 600 } svg { width: 100%; height: auto } svg text { font-size: 12px; fill: #56606e }
 .grid { stroke: #e8ebef; fill: none } .curve { fill: none; stroke-linejoin: round }
@@ -163,7 +165,7 @@ tr.sines td { font-weight: 600 } svg { width: 100%; height: auto } svg text { fo
 .legend i { display: inline-block; width: 22px; vertical-align: middle; margin-right: 5px }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); gap: 14px }
 .cards figure { margin: 0; padding: 8px; border: 1px solid #e3e7ec; border-radius: 6px }
-.cards div { display: flex; gap: 8px } .cards img { width: 50%; min-width: 0; object-fit: contain }
+.cards div { display: flex; gap: 8px; align-items: center } .cards img { width: 50%; min-width: 0; object-fit: contain }
 figcaption { font-size: 13px; color: #56606e; margin-top: 4px } figcaption b { color: #1c2430 }
 .bar { display: inline-block; width: 130px; height: 11px; vertical-align: -1px; border: 1px solid #ccd2da;
   background: linear-gradient(90deg, #2166ac, #fff, #b2182b) }
@@ -306,7 +308,15 @@ def _draw_chart(comparison: Comparison, sheet: Image.Image, at: tuple[int, int],
         color, dashed = color_of(result)
         points = [(2 * x, 2 * y) for x, y in line]
         width = 6 if result.choice.name in _STRONG else 3
-        for i in range(len(points) - 1):
-            if not (dashed and i % 2):
-                pen.line(points[i : i + 2], color, width)
+        for part in _dashes(points) if dashed else [points]:
+            pen.line(part, color, width)
     sheet.paste(drawn.resize(size, Image.Resampling.LANCZOS), at)
+
+
+def _dashes(points: Sequence[tuple[float, float]]) -> Iterator[list[tuple[float, float]]]:
+    """Short pieces of a line, with gaps between."""
+    at = np.array(points)
+    along = np.r_[0.0, np.cumsum(np.linalg.norm(np.diff(at, axis=0), axis=1))]
+    for start in np.arange(0.0, along[-1], DASH[0] + DASH[1]):
+        ends = np.array([start, min(start + DASH[0], along[-1])])
+        yield list(zip(np.interp(ends, along, at[:, 0]), np.interp(ends, along, at[:, 1]), strict=True))

@@ -18,7 +18,7 @@ from scipy.spatial import cKDTree
 import sdfserver
 from sdfserver.cloud import Frame, PointCloud, drop_strays, validate
 from sdfserver.compare.choices import Budget, Choice
-from sdfserver.compare.networks import NetworkField, network_named, value_and_gradient
+from sdfserver.compare.networks import OCTAVES, NetworkField, network_named, value_and_gradient
 from sdfserver.compare.trainer import Look, Trained, train
 from sdfserver.config import PRESETS, FitConfig
 from sdfserver.errors import ConfigError, ExtractionError
@@ -29,10 +29,11 @@ from sdfserver.reconstruct import choose_device, to_world
 from sdfserver.sampling import draw_samples
 from sdfserver.winding import spacing_of
 
-SLICE_PX = 160
+SLICE_PX = 200
 """Width and height of a slice through the field."""
 MEASURED = 20_000
 """Points of the cloud, and samples of a mesh, by which errors are measured."""
+DISC_SPACINGS = 3
 FORMAT = 1
 
 
@@ -45,6 +46,8 @@ class Settings:
     layers: int = 4
     omega: float = 30.0
     """Of SIREN."""
+    octaves: int = OCTAVES
+    """Of an encoding."""
     rates: tuple[float, ...] = (PRESETS["draft"].fit.learning_rate,)
     """Of Adam, at its height. Of several each network keeps the one with the least loss on held-out samples."""
     resolution: int = 128
@@ -55,6 +58,8 @@ class Settings:
     def __post_init__(self) -> None:
         if not 8 <= self.resolution <= 1024:
             raise ConfigError(f"resolution is {self.resolution}; it must be 8 to 1024")
+        if not 1 <= self.octaves <= 16:
+            raise ConfigError(f"octaves is {self.octaves}; it must be 1 to 16")
         if not self.rates:
             raise ConfigError("give at least one rate")
         for rate in self.rates:
@@ -66,11 +71,14 @@ class Settings:
 class Errors:
     """Of a mesh, in percent of the diagonal of the cloud's box, and in degrees.
 
-    error: mean distance from the points to the mesh. farthest: the largest distance from the mesh back to the points,
-    which false sheets raise. normal_error: mean angle between a point's normal and its closest face's. The last three
-    are from and to a reference, where there is one.
+    to_mesh: mean distance from the points to the mesh. to_points: mean distance from the mesh to the points, each of
+    which stands for a disc across its normal: false sheets raise it. error: half their sum. farthest: the largest
+    distance from the mesh. normal_error: mean angle between a point's normal and its closest face's. The last three are
+    to and from a reference, where there is one.
     """
 
+    to_mesh: float
+    to_points: float
     error: float
     farthest: float
     normal_error: float
@@ -175,6 +183,7 @@ def compare(
                 hidden=settings.hidden,
                 layers=settings.layers,
                 omega=omega,
+                octaves=settings.octaves,
                 generator=torch.Generator().manual_seed(settings.seed),
             ).to(torch_device)
 
@@ -253,10 +262,13 @@ def _errors(mesh: TriangleMesh, cloud: PointCloud, reference: TriangleMesh | Non
     beside /= np.maximum(np.linalg.norm(beside, axis=1, keepdims=True), 1e-300)
     normals = cloud.normals if cloud.normals is not None else np.zeros_like(cloud.points)
     angles = np.degrees(np.arccos(np.clip((beside * normals[some]).sum(axis=1), -1, 1)))
-    back, _ = cKDTree(cloud.points).query(sample_surface(mesh, MEASURED, np.random.default_rng(0))[0])
+    back = from_discs(sample_surface(mesh, MEASURED, np.random.default_rng(0))[0], cloud.points, normals)
     health = mesh_health(mesh)
+    to_mesh, to_points = percent * float(closest.distance.mean()), percent * float(back.mean())
     errors = Errors(
-        error=percent * float(closest.distance.mean()),
+        to_mesh=to_mesh,
+        to_points=to_points,
+        error=(to_mesh + to_points) / 2,
         farthest=percent * float(back.max()),
         normal_error=float(angles.mean()),
         parts=health.components,
@@ -271,6 +283,21 @@ def _errors(mesh: TriangleMesh, cloud: PointCloud, reference: TriangleMesh | Non
         hausdorff=percent * apart.hausdorff,
         normal_consistency=apart.normal_consistency,
     )
+
+
+def from_discs(
+    at: NDArray[np.float64], points: NDArray[np.float64], normals: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """The distance (m,) of `at` (m, 3) from discs across the normals of points (n, 3), each from its nearest point's.
+
+    The discs reach DISC_SPACINGS mean spacings: far enough to overlap, so that a mesh between points is at no distance.
+    """
+    _, nearest = cKDTree(points).query(at)
+    offset = at - points[nearest]
+    height = (offset * normals[nearest]).sum(axis=1)
+    across = np.sqrt(np.maximum((offset**2).sum(axis=1) - height**2, 0))
+    away: NDArray[np.float64] = np.hypot(height, np.maximum(across - DISC_SPACINGS * spacing_of(points), 0))
+    return away
 
 
 def _slice(
