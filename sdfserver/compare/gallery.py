@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.interpolate import RegularGridInterpolator
 from scipy.ndimage import gaussian_filter
 from scipy.sparse import diags, identity, kron
 from scipy.sparse.linalg import spsolve
@@ -31,9 +32,9 @@ NETWORKS = (Choice(name="siren"), Choice(name="relu"))
 SIZE = 64
 """Pixels along a side."""
 HIDDEN, LAYERS = 64, 3
-RATE = 1e-3
-WAVE_NUMBER = 9.0
-"""Of Helmholtz's equation in the box of side 2: halfway between two resonances, 2.9 waves across."""
+RATE = 2e-3
+WAVE_NUMBER = 6.0
+"""Of Helmholtz's equation in the box of side 2: two waves across, and between two resonances (5.66 and 6.48)."""
 SOURCE_WIDTH = 0.12
 REFERENCE_NODES = 257
 
@@ -102,17 +103,18 @@ def psnr(found: Image, truth: Image, *, up_to: str = "") -> float:
     return float(10 * math.log10(np.ptp(truth) ** 2 / max(float(((found - truth) ** 2).mean()), 1e-300)))
 
 
-Loss = Callable[[nn.Module], Tensor]
+Loss = Callable[[nn.Module, torch.Generator], Tensor]
+"""Of a network; what is drawn at random for it is drawn by the generator."""
 
 
-def descend(network: nn.Module, loss: Loss, steps: int) -> float:
+def descend(network: nn.Module, loss: Loss, steps: int, generator: torch.Generator) -> float:
     """Adam, its rate falling as half a cosine; the seconds that it took."""
     optimizer = torch.optim.Adam(network.parameters(), lr=RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     start = time.perf_counter()
     for _ in range(steps):
         optimizer.zero_grad()
-        loss(network).backward()  # type: ignore[no-untyped-call]
+        loss(network, generator).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
     return time.perf_counter() - start
@@ -127,6 +129,8 @@ class Problem:
     truth: Image
     up_to: str = ""
     """As `psnr`."""
+    omega: float = 30.0
+    """Of the SIREN. Second derivatives grow as its square, and a few samples tell little of waves between them."""
 
     def solve(self, choice: Choice, steps: int, seed: int) -> Piece:
         """By one network."""
@@ -135,9 +139,11 @@ class Problem:
             encoding=choice.encoding,
             hidden=HIDDEN,
             layers=LAYERS,
+            omega=self.omega,
             generator=torch.Generator().manual_seed(seed),
         )
-        seconds = descend(network, self.loss, steps)
+        generator = torch.Generator().manual_seed(seed)
+        seconds = descend(network, self.loss, steps, generator)
         with torch.no_grad():
             image = network(grid(len(self.truth))).double().numpy().reshape(self.truth.shape)
         return Piece(
@@ -146,7 +152,7 @@ class Problem:
             steps=steps,
             seconds=seconds,
             psnr=psnr(image, self.truth, up_to=self.up_to),
-            residual=math.sqrt(float(self.loss(network).detach())),
+            residual=math.sqrt(float(self.loss(network, generator).detach())),
             image=image,
             truth=self.truth,
         )
@@ -161,14 +167,14 @@ def _relative(found: Tensor, wanted: Tensor) -> Tensor:
 def by_values(image: Image) -> Problem:
     """The image from its pixels."""
     x, wanted = grid(len(image)), torch.tensor(image.ravel(), dtype=torch.float32)
-    return Problem(name="values", loss=lambda network: _relative(network(x), wanted), truth=image)
+    return Problem(name="values", loss=lambda network, _: _relative(network(x), wanted), truth=image)
 
 
 def by_gradients(image: Image, *, name: str = "gradients", wanted: Tensor | None = None) -> Problem:
     """The image from its gradient alone, or from the `wanted` one (n^2, 2)."""
     x, slope = grid(len(image)), gradient_of(image) if wanted is None else wanted
 
-    def loss(network: nn.Module) -> Tensor:
+    def loss(network: nn.Module, _: torch.Generator) -> Tensor:
         return _relative(value_and_gradient(network, x, keep=True)[1][:, :2], slope)
 
     return Problem(name=name, loss=loss, truth=image, up_to="level")
@@ -179,9 +185,10 @@ def by_laplacian(image: Image) -> Problem:
     x, wanted = grid(len(image)), laplacian_of(image)
     return Problem(
         name="Laplacian",
-        loss=lambda network: _relative(laplacian(network, x, axes=2)[2], wanted),
+        loss=lambda network, _: _relative(laplacian(network, x, axes=2)[2], wanted),
         truth=image,
         up_to="line",
+        omega=15.0,
     )
 
 
@@ -216,25 +223,28 @@ _SOURCE_SCALE = 100.0
 
 def helmholtz(size: int = SIZE) -> Problem:
     """Laplacian u + k^2 u = -f in the box, u = 0 on its border: the equation alone, without a value inside."""
-    x = grid(size)
-    at = x.double().numpy()
-    wanted = torch.tensor(-_SOURCE_SCALE * source(at[:, 0], at[:, 1]), dtype=torch.float32)
+    h = 2 / size
     ticks, one, none = torch.linspace(-1, 1, 2 * size), torch.ones(2 * size), torch.zeros(2 * size)
     border = torch.cat([torch.stack(side, dim=1) for side in _sides(ticks, one, none)])
 
-    def loss(network: nn.Module) -> Tensor:
+    def loss(network: nn.Module, generator: torch.Generator) -> Tensor:
+        # Somewhere else in every pixel each time: between fixed points the waves could do as they like.
+        x = grid(size)
+        x[:, :2] += h * (torch.rand((len(x), 2), generator=generator) - 0.5)
+        at = x.double().numpy()
+        wanted = torch.tensor(-_SOURCE_SCALE * source(at[:, 0], at[:, 1]), dtype=torch.float32)
         u, _, bent = laplacian(network, x, axes=2)
         equation = _relative(bent + WAVE_NUMBER**2 * u, wanted)
-        # On the border an error of 1 counts as one in k^2 u does within, ten times over.
+        # An error of u on the border counts ten times as much as the same in k^2 u within.
         edge = WAVE_NUMBER**4 * network(border).square().mean() / wanted.square().mean()
-        return equation + 10 * edge
+        total: Tensor = equation + 10 * edge
+        return total
 
     u = helmholtz_by_differences()
     ticks_of = np.linspace(-1, 1, len(u))
-    from scipy.interpolate import RegularGridInterpolator
-
-    truth = RegularGridInterpolator((ticks_of, ticks_of), u, method="cubic")(at[:, [1, 0]]).reshape(size, size)
-    return Problem(name="Helmholtz", loss=loss, truth=truth)
+    at_pixels = grid(size).double().numpy()[:, [1, 0]]
+    truth = RegularGridInterpolator((ticks_of, ticks_of), u, method="cubic")(at_pixels).reshape(size, size)
+    return Problem(name="Helmholtz", loss=loss, truth=truth, omega=10.0)
 
 
 def _sides(ticks: Tensor, one: Tensor, none: Tensor) -> list[list[Tensor]]:

@@ -205,7 +205,7 @@ def _table(comparison: Comparison) -> str:
     reference = any(r.errors is not None and r.errors.chamfer is not None for r in comparison.results)
     titles = ["network", "error", "farthest", "normals", "parts"]
     titles += ["Chamfer", "Hausdorff", "cosine"] if reference else []
-    titles += ["eikonal", "loss", "rate", "parameters", "steps", "seconds"]
+    titles += ["eikonal", "loss", "rate", "parameters", "steps", "seconds", "CPU s"]
     rows = []
     for result in comparison.results:
         errors, trained = result.errors, result.trained
@@ -224,6 +224,7 @@ def _table(comparison: Comparison) -> str:
             cells += ["", "", ""] if found is None else [f"{value:.4f}" for value in found if value is not None]
         cells += [f"{trained.health.eikonal:.3f}", f"{trained.looks[-1].loss:.1f}", f"{trained.rate:g}"]
         cells += [f"{result.parameters:,}", f"{trained.steps}", f"{trained.seconds:.1f}"]
+        cells += [f"{trained.processor_seconds:.1f}"]
         kind = ' class="sines"' if result.choice.name in _STRONG else ""
         rows.append(f"<tr{kind}><td>{html.escape(result.choice.title)}</td>" + "".join(f"<td>{c}</td>" for c in cells))
     head = "".join(f"<th>{title}</th>" for title in titles)

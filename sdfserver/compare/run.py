@@ -322,7 +322,7 @@ def table_text(comparison: Comparison) -> str:
     more = f"{'chamfer %':>11}" if with_reference else ""
     lines = [
         f"{comparison.cloud}: {settings.budget} each, {settings.layers} x {settings.hidden}; % is of its diagonal",
-        f"{'network':16}{'error %':>9}{'farthest %':>12}{'normals':>10}{more}{'||g|-1|':>9}{'steps':>8}{'seconds':>9}",
+        f"{'network':16}{'error %':>9}{'farthest %':>12}{'normals':>10}{more}{'||g|-1|':>9}{'steps':>8}{'seconds':>9}{'cpu s':>8}",
     ]
     for result in comparison.results:
         trained, errors = result.trained, result.errors
@@ -332,7 +332,9 @@ def table_text(comparison: Comparison) -> str:
         else:
             row += f"{errors.error:9.4f}{errors.farthest:12.3f}{errors.normal_error:8.2f} °"
             row += "" if errors.chamfer is None else f"{errors.chamfer:11.4f}"
-        lines.append(f"{row}{trained.health.eikonal:9.3f}{trained.steps:8d}{trained.seconds:9.1f}")
+        lines.append(
+            f"{row}{trained.health.eikonal:9.3f}{trained.steps:8d}{trained.seconds:9.1f}{trained.processor_seconds:8.1f}"
+        )
     return "\n".join(lines)
 
 

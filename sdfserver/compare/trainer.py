@@ -44,6 +44,8 @@ class Trained:
 
     steps: int
     seconds: float
+    processor_seconds: float
+    """Of this process, over all its threads: what is left of the seconds where a machine has other work to do."""
     rate: float
     looks: tuple[Look, ...]
     health: Health
@@ -77,11 +79,11 @@ def train(
     batches = Batches([samples], config, DRAWN)
     device, weights = samples.points.device, task.weights(config)
     looks = [judge.look(0, 0.0)]
-    step, seconds, next_look, diverged = 0, 0.0, 1, False
+    step, seconds, busy, next_look, diverged = 0, 0.0, 0.0, 1, False
     while not diverged and (share := budget.share(step, seconds)) < 1:
         if should_stop is not None and should_stop():
             raise Stopped(f"stopped at step {step}")
-        start = time.perf_counter()
+        start, busy_before = time.perf_counter(), time.process_time()
         if step % DRAWN == 0:
             batches.draw(DRAWN, [task.generator])
         batch = batches.pick(torch.tensor([step % DRAWN], device=device))
@@ -98,6 +100,7 @@ def train(
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # seconds are the result here
         seconds += time.perf_counter() - start
+        busy += time.process_time() - busy_before
         share = budget.share(step, seconds)
         if share * LOOKS >= next_look or share >= 1:
             next_look = int(share * LOOKS) + 1
@@ -108,6 +111,7 @@ def train(
     return Trained(
         steps=step,
         seconds=seconds,
+        processor_seconds=busy,
         rate=config.learning_rate,
         looks=tuple(looks),
         health=judge.health(looks[-1].loss),
