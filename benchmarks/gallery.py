@@ -20,7 +20,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
-    pieces = gallery(problems(), asked.steps, seed=asked.seed, on_piece=lambda piece: print(table_text([piece])))
+    pieces = gallery(
+        problems(), asked.steps, seed=asked.seed, on_piece=lambda piece: print(table_text([piece]).splitlines()[1])
+    )
     asked.json.write_text(json.dumps(figures_of(pieces), indent=1) + "\n")
     write_sheet(pieces, asked.picture)
 

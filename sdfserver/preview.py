@@ -85,14 +85,15 @@ def write_picture(mesh: TriangleMesh, path: str | os.PathLike[str]) -> None:
         Image.fromarray(picture(mesh)).save(stream, "PNG", optimize=True)
 
 
-def picture(mesh: TriangleMesh, px: int = PICTURE_PX) -> NDArray[np.uint8]:
+def picture(mesh: TriangleMesh, px: int = PICTURE_PX, *, up: int | None = None) -> NDArray[np.uint8]:
     """The mesh standing, seen from the front, above and a little from the side: (px, px, 4), RGBA.
 
-    Samples of the surface, the nearest of each pixel, shaded by its normal. Twice as large first, for smooth borders.
+    `up` is the axis that is up, 1 or 2, where that is known; else the mesh tells it. Samples of the surface, the
+    nearest of each pixel, shaded by its normal. Twice as large first, for smooth borders.
     """
     size = 2 * px
     points, normals = sample_surface(mesh, _SAMPLES_PER_PIXEL * size**2, np.random.default_rng(0))
-    if _up(points, normals) == 1:
+    if (axis_up(points, normals) if up is None else up) == 1:
         points, normals = points[:, [0, 2, 1]] * [1, -1, 1], normals[:, [0, 2, 1]] * [1, -1, 1]
     eye, light = _EYE / np.linalg.norm(_EYE), _LIGHT / np.linalg.norm(_LIGHT)
     right = np.cross([0.0, 0.0, 1.0], eye)
@@ -115,7 +116,7 @@ def picture(mesh: TriangleMesh, px: int = PICTURE_PX) -> NDArray[np.uint8]:
     return np.concatenate([color, 255 / 4 * cover], axis=2).round().astype(np.uint8)
 
 
-def _up(points: NDArray[np.float64], normals: NDArray[np.float64]) -> int:
+def axis_up(points: NDArray[np.float64], normals: NDArray[np.float64]) -> int:
     """The axis that is up, y or z: that on whose lower side more of the surface looks down. Files do not say it."""
     low, extent = points.min(axis=0), np.ptp(points, axis=0)
     at_the_bottom = (points < low + 0.03 * extent) & (normals < -0.8)

@@ -25,8 +25,9 @@ from sdfserver.errors import ConfigError, ExtractionError
 from sdfserver.extract import extract
 from sdfserver.mesh import TriangleMesh, face_normals
 from sdfserver.metrics import closest_on_mesh, compare_meshes, mesh_health, sample_surface
+from sdfserver.preview import axis_up
 from sdfserver.reconstruct import choose_device, to_world
-from sdfserver.sampling import draw_samples
+from sdfserver.sampling import draw_samples, normals_of
 from sdfserver.winding import spacing_of
 
 SLICE_PX = 200
@@ -116,6 +117,8 @@ class Comparison:
     device: str
     axis: int
     """Across which the slices lie."""
+    up: int
+    """The axis that is up, 1 or 2."""
     results: tuple[Result, ...]
 
     def figures(self) -> dict[str, Any]:
@@ -207,6 +210,7 @@ def compare(
         settings=settings,
         device=torch.cuda.get_device_name(torch_device) if torch_device.type == "cuda" else "cpu",
         axis=axis,
+        up=axis_up(cloud.points, normals_of(cloud)),
         results=tuple(sorted(results, key=_rank)),
     )
 
@@ -260,7 +264,7 @@ def _errors(mesh: TriangleMesh, cloud: PointCloud, reference: TriangleMesh | Non
     closest = closest_on_mesh(cloud.points[some], mesh)
     beside = face_normals(mesh.vertices, mesh.faces)[closest.face]
     beside /= np.maximum(np.linalg.norm(beside, axis=1, keepdims=True), 1e-300)
-    normals = cloud.normals if cloud.normals is not None else np.zeros_like(cloud.points)
+    normals = normals_of(cloud)
     angles = np.degrees(np.arccos(np.clip((beside * normals[some]).sum(axis=1), -1, 1)))
     back = from_discs(sample_surface(mesh, MEASURED, np.random.default_rng(0))[0], cloud.points, normals)
     health = mesh_health(mesh)
@@ -322,18 +326,18 @@ def table_text(comparison: Comparison) -> str:
     more = f"{'chamfer %':>11}" if with_reference else ""
     lines = [
         f"{comparison.cloud}: {settings.budget} each, {settings.layers} x {settings.hidden}; % is of its diagonal",
-        f"{'network':16}{'error %':>9}{'farthest %':>12}{'normals':>10}{more}{'||g|-1|':>9}{'steps':>8}{'seconds':>9}{'cpu s':>8}",
+        f"{'network':16}{'error %':>9}{'far %':>9}{'normals':>10}{more}{'||g|-1|':>9}{'steps':>7}{'s':>8}{'CPU s':>8}",
     ]
     for result in comparison.results:
         trained, errors = result.trained, result.errors
         row = f"{result.choice.written:16}"
         if errors is None:
-            row += f"{'no surface':>31}" + (" " * 11 if with_reference else "")
+            row += f"{'no surface':>28}" + (" " * 11 if with_reference else "")
         else:
-            row += f"{errors.error:9.4f}{errors.farthest:12.3f}{errors.normal_error:8.2f} °"
+            row += f"{errors.error:9.4f}{errors.farthest:9.3f}{errors.normal_error:8.2f} °"
             row += "" if errors.chamfer is None else f"{errors.chamfer:11.4f}"
         lines.append(
-            f"{row}{trained.health.eikonal:9.3f}{trained.steps:8d}{trained.seconds:9.1f}{trained.processor_seconds:8.1f}"
+            f"{row}{trained.health.eikonal:9.3f}{trained.steps:7d}{trained.seconds:8.1f}{trained.processor_seconds:8.1f}"
         )
     return "\n".join(lines)
 
