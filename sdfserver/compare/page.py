@@ -39,8 +39,7 @@ def write_page(comparison: Comparison, folder: Path) -> None:
     with replacing(figures) as stream:
         stream.write(report_json(comparison.figures()))
     with replacing(sheet) as stream:
-        # Few colours: a third of the bytes.
-        sheet_of(comparison, views).quantize(256, dither=Image.Dither.NONE).save(stream, "PNG", optimize=True)
+        sheet_of(comparison, views).save(stream, "PNG", optimize=True)
     with replacing(page) as stream:
         stream.write(page_of(comparison, views).encode())
 
