@@ -1,7 +1,7 @@
 """SignedDistanceField: what a fit leaves behind, in world units.
 
-sdf < 0 inside. World in and out for `evaluate` and `gradient`; `value` and `value_and_gradient` are the same field in
-the unit frame, on the network's device, for the extraction.
+sdf < 0 inside. World in and out for `evaluate`, `gradient` and what FieldQueries adds; `value`, `value_and_gradient`
+and `at` are the same field in the unit frame, the first two on the network's device, for the extraction.
 """
 
 import json
@@ -19,17 +19,23 @@ from sdfserver.config import LocalNetworkConfig, NetworkConfig
 from sdfserver.errors import ConfigError, FieldFormatError
 from sdfserver.files import replacing
 from sdfserver.local import LocalLevel, LocalSirens, PartitionOfUnity
+from sdfserver.queries import FieldQueries
 from sdfserver.siren import Siren
 
 FORMAT, PARTITION_FORMAT = "sdfserver-field-1", "sdfserver-field-2"
 """Of a single network, and of a coarse one with levels of local ones over it."""
 CHUNK = 65_536
+BENT_CHUNK = 8192, 65_536
+"""Points whose second derivatives are taken at a time, on a CPU and elsewhere."""
 DETAIL = 256
 """Cells along each side of the cube that show what a single network can."""
 
 
-class SignedDistanceField:
-    """A network, or a partition of unity of many, and the frame it lives in."""
+class SignedDistanceField(FieldQueries):
+    """A network, or a partition of unity of many, and the frame it lives in.
+
+    Its value is a distance near the surface; `distance` gives one anywhere, `distance_error` how near it is to one.
+    """
 
     def __init__(self, network: Siren | PartitionOfUnity, frame: Frame) -> None:
         self.network = network.requires_grad_(False).eval()
@@ -62,6 +68,18 @@ class SignedDistanceField:
     def gradient(self, points: NDArray[np.float64]) -> NDArray[np.float64]:
         """Gradient (n, 3) of the signed distance at `points` (n, 3), world units; its length is about 1."""
         return _numpy([self.value_and_gradient(x)[1].cpu() for x in self._unit_chunks(points)], (0, 3))
+
+    def at(self, x: NDArray[np.float64], order: int) -> tuple[NDArray[np.float64], ...]:
+        """At unit points x (n, 3): the value (n,), from order 1 on the gradient, for order 2 the Hessian as well."""
+        size = CHUNK if order < 2 else BENT_CHUNK[self.device.type != "cpu"]
+        ask = [lambda x: (self.value(x),), self.value_and_gradient, self.network.value_gradient_and_hessian][order]
+        dtype = next(self.network.parameters()).dtype
+        out = tuple(np.empty((len(x), *shape)) for shape in ((), (3,), (3, 3))[: order + 1])
+        for start in range(0, len(x), size):
+            part = torch.tensor(x[start : start + size], dtype=dtype, device=self.device)
+            for array, values in zip(out, ask(part), strict=True):
+                array[start : start + size] = values.cpu().numpy()
+        return out
 
     def save(self, path: str | Path) -> None:
         """Write the field as safetensors: completely, or not at all. Raises OutputError where that cannot be done."""

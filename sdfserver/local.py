@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from sdfserver.config import LocalNetworkConfig, NetworkConfig
 from sdfserver.device import sums
-from sdfserver.siren import Siren, layers_of, uniform, value_and_gradient
+from sdfserver.siren import Siren, layers_of, uniform, value_and_gradient, value_gradient_and_hessian
 
 BLOCK = 64
 """Points of one cell that are evaluated together; a cell with fewer is padded to it."""
@@ -36,6 +36,8 @@ FEW = 0.1
 """A level with less than this share of all networks does not make the mesh finer for them."""
 NEGLIGIBLE = 1e-6
 """A field with less weight than this is not evaluated."""
+UNBENT = 1e-2
+"""Nor, for second derivatives, unless those of its weight are larger: what is left of it may still bend the blend."""
 _BITS = torch.cartesian_prod(*3 * [torch.arange(2)])
 
 
@@ -83,6 +85,20 @@ class CellGrid:
         dx, dy, dz = ((30 * steepness / self.half) * -u.sign() * (t * (1 - t)) ** 2).unbind(1)
         return x * y * z, torch.stack([dx * y * z, x * dy * z, x * y * dz], dim=1)
 
+    def bends(self, u: Tensor) -> Tensor:
+        """The second derivatives (n, 3, 3) of the weight of a cell at u (n, 3), with respect to x."""
+        steepness = (1 + self.margin) / (2 * self.margin)
+        t = ((1 - u.abs()) * steepness).clamp(0, 1)
+        s = t**3 * ((6 * t - 15) * t + 10)
+        ds = (30 * steepness / self.half) * -u.sign() * (t * (1 - t)) ** 2
+        dds = (60 * (steepness / self.half) ** 2) * t * (1 - t) * (1 - 2 * t)
+        out = u.new_empty((len(u), 3, 3))
+        for i in range(3):
+            j, k = (i + 1) % 3, (i + 2) % 3
+            out[:, i, i] = dds[:, i] * s[:, j] * s[:, k]
+            out[:, i, j] = out[:, j, i] = ds[:, i] * ds[:, j] * s[:, k]
+        return out
+
 
 class LocalSirens(nn.Module):
     """k SIRENs 3 -> hidden x layers -> 1, each with a linear part a . u beside it, as batched products.
@@ -115,6 +131,10 @@ class LocalSirens(nn.Module):
     def value_and_gradient(self, u: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The value f / H (b, n) and the gradient (b, n, 3) at u (b, n, 3); `rows` as in `forward`."""
         return value_and_gradient(u, _pick(self.linear, rows), self._scaled_layers(rows))
+
+    def value_gradient_and_hessian(self, u: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """The value f / H (b, n), the gradient (b, n, 3) and the Hessian (b, n, 3, 3) at u (b, n, 3), all by u."""
+        return value_gradient_and_hessian(u, _pick(self.linear, rows), self._scaled_layers(rows))
 
     def _scaled_layers(self, rows: Tensor | None) -> list[tuple[Tensor, Tensor]]:
         omega = self.config.omega
@@ -168,6 +188,20 @@ class LocalLevel(nn.Module):
         total, slope, value, gradient = torch.split(parts, [1, 3, 1, 3], dim=1)
         return total[:, 0], slope, value[:, 0], gradient
 
+    def value_gradient_and_hessian(self, x: Tensor) -> tuple[Tensor, ...]:
+        """As `value_and_gradient`, each pair followed by its Hessian (n, 3, 3)."""
+        points, networks, u = self._pairs(x)
+        f, g, h = in_blocks(self.sirens.value_gradient_and_hessian, u, networks)
+        f, h = f * self.grid.half, h / self.grid.half
+        w, dw = self.grid.weights(u)
+        ddw = self.grid.bends(u)
+        bent = w[:, None, None] * h + both_ways(g, dw) + f[:, None, None] * ddw
+        terms = [w[:, None], dw, ddw.flatten(1), (w * f)[:, None], w[:, None] * g + f[:, None] * dw, bent.flatten(1)]
+        total, slope, bend, value, gradient, hessian = torch.split(
+            sums(torch.cat(terms, dim=1), points, len(x)), [1, 3, 9, 1, 3, 9], dim=1
+        )
+        return total[:, 0], slope, bend.view(-1, 3, 3), value[:, 0], gradient, hessian.view(-1, 3, 3)
+
     def _pairs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Every pair of a point of x (n, 3) and a network: its row, the network (ascending) and u (p, 3)."""
         points, numbers = self.grid.overlaps(x)
@@ -176,6 +210,12 @@ class LocalLevel(nn.Module):
         networks, order = networks.sort(stable=True)
         points, networks = points[order], networks.long()
         return points, networks, (x[points] - self.grid.centres(self.cells[networks], x.dtype)) / self.grid.half
+
+
+def both_ways(a: Tensor, b: Tensor) -> Tensor:
+    """a b^T + b a^T (n, 3, 3) of vectors (n, 3): what second derivatives of a product have of the first ones."""
+    outer = a[:, :, None] * b[:, None, :]
+    return outer + outer.mT
 
 
 def in_blocks(
@@ -252,3 +292,32 @@ class PartitionOfUnity(nn.Module):
             phi[rows] += rest[rows] * value
             gradient[rows] += rest[rows, None] * value_gradient + value[:, None] * slope[rows]
         return phi, gradient
+
+    @torch.no_grad()
+    def value_gradient_and_hessian(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The value phi (n,), its gradient (n, 3) and its second derivatives (n, 3, 3) at x (n, 3)."""
+        phi, gradient, hessian = x.new_zeros(len(x)), x.new_zeros((len(x), 3)), x.new_zeros((len(x), 3, 3))
+        rest, slope, bend = x.new_ones(len(x)), torch.zeros_like(gradient), torch.zeros_like(hessian)
+        rows = torch.arange(len(x), device=x.device)
+
+        def add(value: Tensor, value_gradient: Tensor, value_hessian: Tensor) -> None:
+            r, dr, ddr = rest[rows], slope[rows], bend[rows]
+            phi[rows] += r * value
+            gradient[rows] += r[:, None] * value_gradient + value[:, None] * dr
+            hessian[rows] += (
+                r[:, None, None] * value_hessian + both_ways(value_gradient, dr) + value[:, None, None] * ddr
+            )
+
+        for level in reversed(self.levels):
+            total, total_slope, total_bend, *values = level.value_gradient_and_hessian(x[rows])
+            # The sum of w f has its weights in it: what is above the level is all that it is multiplied with.
+            add(*values)
+            r, dr, ddr = rest[rows], slope[rows], bend[rows]
+            left = 1 - total
+            bend[rows] = left[:, None, None] * ddr - both_ways(dr, total_slope) - r[:, None, None] * total_bend
+            slope[rows] = left[:, None] * dr - r[:, None] * total_slope
+            rest[rows] = r * left
+            rows = rows[(rest[rows] > NEGLIGIBLE) | (bend[rows].abs().amax(dim=(1, 2)) > UNBENT)]
+        if len(rows):
+            add(*self.coarse.value_gradient_and_hessian(x[rows]))
+        return phi, gradient, hessian

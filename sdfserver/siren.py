@@ -40,6 +40,10 @@ class Siren(nn.Module):
         phi, gradient = value_and_gradient(x.to(layers[0][0].dtype), None, layers)
         return phi.to(x.dtype), gradient.to(x.dtype)
 
+    def value_gradient_and_hessian(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The value phi (n,), its gradient (n, 3) and its second derivatives (n, 3, 3) at x (n, 3)."""
+        return value_gradient_and_hessian(x, None, self._scaled_layers(x.dtype))
+
     def _scaled_layers(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
         """Weight (in, out) and bias (1, out) of every layer, omega multiplied in here rather than into every z."""
         omega = self.config.omega
@@ -57,6 +61,48 @@ def value_and_gradient(u: Tensor, linear: Tensor | None, layers: list[tuple[Tens
     flat = [tensor for layer in layers for tensor in layer]
     value, gradient = _ValueAndGradient.apply(torch.is_grad_enabled(), u, linear, *flat)  # type: ignore[no-untyped-call]
     return value, gradient
+
+
+@torch.no_grad()
+def value_gradient_and_hessian(
+    u: Tensor, linear: Tensor | None, layers: list[tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The value (..., n), the gradient (..., n, 3) and the Hessian (..., n, 3, 3) at u (..., n, 3).
+
+    Arguments as for value_and_gradient; there is no way back. With the symbols of Tape and J_l = d z_l / d u, carried
+    up beside the values, the Hessian is the sum over the sine layers of J_l^T diag(-p_l sin z_l) J_l: a bend of a layer
+    counts as far as the layers above it pass it on.
+    """
+    *sine_layers, (last, offset) = layers
+    count, h = u.shape[-2], u
+    sines: list[Tensor] = []
+    cosines: list[Tensor] = []
+    jacobians: list[Tensor] = []
+    for weight, bias in sine_layers:
+        z = _affine(bias, h, weight)
+        h, cosine = z.sin(), z.cos()
+        if jacobians:
+            through = jacobians[-1] * cosines[-1][..., None, :, :]
+            jacobian = (through.flatten(-3, -2) @ weight).view(*z.shape[:-2], 3, count, z.shape[-1])
+        else:
+            jacobian = weight[..., :, None, :].expand(*z.shape[:-2], 3, count, z.shape[-1])
+        sines.append(h)
+        cosines.append(cosine)
+        jacobians.append(jacobian)
+    phi, pull = _affine(offset, h, last), last.mT
+    hessian = u.new_zeros((*u.shape, 3))
+    for (weight, _), sine, cosine, jacobian in zip(
+        reversed(sine_layers), reversed(sines), reversed(cosines), reversed(jacobians), strict=True
+    ):
+        bent = jacobian * (pull * sine)[..., None, :, :]
+        for i, j in ((0, 0), (1, 1), (2, 2), (0, 1), (0, 2), (1, 2)):
+            hessian[..., i, j] -= (bent[..., i, :, :] * jacobian[..., j, :, :]).sum(dim=-1)
+        pull = (cosine * pull) @ weight.mT
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        hessian[..., j, i] = hessian[..., i, j]
+    if linear is not None:
+        phi, pull = phi + u @ linear, pull + linear.mT
+    return phi[..., 0], pull, hessian
 
 
 class _ValueAndGradient(torch.autograd.Function):

@@ -105,6 +105,51 @@ def test_value_and_gradient_do_not_jump_where_cells_begin_and_end(partition: Par
         assert float((high_gradient - low_gradient).norm(dim=1).max()) < 2 * h * most_bent
 
 
+def autograd_phi(partition: PartitionOfUnity, x: Tensor) -> Tensor:
+    """The slow reference: every level's sum over every cell, with nothing written out and nothing left out."""
+    phi = partition.coarse(x)
+    for level in partition.levels:
+        total, value = torch.zeros_like(phi), torch.zeros_like(phi)
+        for row, cell in enumerate(level.cells):
+            u = (x - level.grid.centres(cell, x.dtype)) / level.grid.half
+            t = ((1 - u.abs()) * (1 + level.grid.margin) / (2 * level.grid.margin)).clamp(0, 1)
+            weight = (t**3 * ((6 * t - 15) * t + 10)).prod(dim=1)
+            network = torch.tensor([row])
+            total = total + weight
+            value = value + weight * level.sirens(u[None], network)[0] * level.grid.half
+        phi = (1 - total) * phi + value
+    return phi
+
+
+def test_the_blended_second_derivatives_are_those_of_double_automatic_differentiation(
+    partition: PartitionOfUnity,
+) -> None:
+    x = torch.cat([spread(400), spread(400, seed=4) * 0.8])
+    phi, gradient, hessian = partition.value_gradient_and_hessian(x)
+    x.requires_grad_()
+    expected_phi = autograd_phi(partition, x)
+    (slope,) = torch.autograd.grad(expected_phi.sum(), x, create_graph=True)
+    expected = torch.stack([torch.autograd.grad(slope[:, i].sum(), x, retain_graph=True)[0] for i in range(3)], dim=1)
+    torch.testing.assert_close(phi, expected_phi.detach(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(gradient, slope.detach(), rtol=1e-4, atol=1e-4)
+    most = float(expected.abs().max())
+    assert most > 100  # local networks that differ wildly bend the blend
+    # What is left out of the blend (NEGLIGIBLE, UNBENT) is left out here.
+    torch.testing.assert_close(hessian, expected, rtol=1e-6, atol=0.1)
+    assert float((hessian - expected).abs().max()) < 1e-4 * most
+
+
+def test_second_derivatives_do_not_jump_where_cells_begin_and_end(partition: PartitionOfUnity) -> None:
+    grid, h = partition.levels[1].grid, 1e-6
+    borders = torch.linspace(-1, 1, 7, dtype=torch.float64)
+    for shift in (-1, 1):
+        x = spread(2000, seed=11) * 0.85
+        x[:, 0] = borders[torch.arange(len(x)) % 7] + shift * (grid.half - grid.width / 2)
+        across = torch.tensor([h, 0, 0], dtype=torch.float64)
+        low, high = (partition.value_gradient_and_hessian(x + s * across)[2] for s in (-1, 1))
+        assert float((high - low).abs().max()) < 2 * h * 1e7
+
+
 def test_where_no_network_reaches_the_field_is_the_coarse_one(partition: PartitionOfUnity) -> None:
     far = spread(200) + 5
     torch.testing.assert_close(partition(far), partition.coarse(far))

@@ -36,6 +36,19 @@ def test_the_written_out_gradient_is_autograd_s() -> None:
     torch.testing.assert_close(gradient, expected_gradient)
 
 
+def test_the_written_out_second_derivatives_are_autograd_s() -> None:
+    siren = small_siren().requires_grad_(False)
+    x = points()
+    phi, gradient, hessian = siren.value_gradient_and_hessian(x)
+    expected_phi, expected_gradient = siren.value_and_gradient(x)
+    torch.testing.assert_close(phi, expected_phi)
+    torch.testing.assert_close(gradient, expected_gradient)
+    slopes = by_autograd(siren, x)[1]
+    expected = [torch.autograd.grad(slopes[:, i].sum(), x, retain_graph=True)[0] for i in range(3)]
+    torch.testing.assert_close(hessian, torch.stack(expected, dim=1), rtol=1e-9, atol=1e-9)
+    assert torch.equal(hessian, hessian.mT)
+
+
 def test_one_backward_through_the_gradient_is_the_double_backward() -> None:
     def parameter_gradients(phi: Tensor, gradient: Tensor, siren: Siren) -> list[Tensor]:
         loss = phi.abs().mean() + (gradient.norm(dim=-1) - 1).abs().mean()
