@@ -1,11 +1,12 @@
 """Saved fields, evaluated with numpy: the API answers questions about a field without loading torch.
 
 The same arithmetic as sdfserver.siren and sdfserver.local, whose symbols these are; sdf < 0 inside. World units in and
-out.
+out, but for `at`.
 """
 
 import itertools
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,12 +16,17 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import safe_open
 
+from sdfserver.cloud import Frame
+from sdfserver.queries import FieldQueries
 from sdfserver.server.artifacts import Artifacts
 
 CHUNK = 8192
+BENT_CHUNK = 2048
+"""Points whose second derivatives are taken at a time."""
 BLOCK = 16
 """Points of one local network that are evaluated together."""
 NEGLIGIBLE = 1e-6
+UNBENT = 1e-2
 CACHED = 16
 Floats = NDArray[np.float32]
 Rows = NDArray[np.int64]
@@ -49,6 +55,35 @@ class _Sines:
             adjoint = (slope * adjoint) @ np.swapaxes(weight, -1, -2)
         return phi, adjoint
 
+    def value_gradient_and_hessian(self, x: Floats) -> tuple[Floats, Floats, Floats]:
+        """The same two, and the second derivatives (..., n, 3, 3)."""
+        *sine_layers, (last, offset) = self.layers
+        h = x
+        sines, cosines, jacobians = [], [], []
+        for weight, bias in sine_layers:
+            z = h @ weight + bias
+            if jacobians:
+                jacobian = (jacobians[-1] * cosines[-1][..., None, :, :]) @ weight[..., None, :, :]
+            else:
+                jacobian = np.broadcast_to(weight[..., :, None, :], (*z.shape[:-2], 3, *z.shape[-2:]))
+            h = np.sin(z)
+            sines.append(h)
+            cosines.append(np.cos(z))
+            jacobians.append(jacobian)
+        phi = h @ last + offset
+        pull = np.swapaxes(last, -1, -2)
+        hessian = np.zeros((*x.shape, 3), x.dtype)
+        for (weight, _), sine, cosine, jacobian in zip(
+            reversed(sine_layers), reversed(sines), reversed(cosines), reversed(jacobians), strict=True
+        ):
+            bent = jacobian * (pull * sine)[..., None, :, :]
+            for i, j in ((0, 0), (1, 1), (2, 2), (0, 1), (0, 2), (1, 2)):
+                hessian[..., i, j] -= np.einsum("...w,...w->...", bent[..., i, :, :], jacobian[..., j, :, :])
+            pull = (cosine * pull) @ np.swapaxes(weight, -1, -2)
+        for i, j in ((0, 1), (0, 2), (1, 2)):
+            hessian[..., j, i] = hessian[..., i, j]
+        return phi, pull, hessian
+
     def __getitem__(self, rows: Rows) -> "_Sines":
         return _Sines(layers=tuple((weight[rows], bias[rows]) for weight, bias in self.layers))
 
@@ -71,14 +106,32 @@ class _Level:
         centres: Floats = (self.cells[networks] + np.float32(0.5)) * width - np.float32(1)
         u: Floats = (x[points] - centres) / half
         f, g = self._in_blocks(u, networks)
-        f *= half
-        w, dw = self._weights(u, half)
-        out = []
-        for values in (w[:, None], dw, (w * f)[:, None], w[:, None] * g + f[:, None] * dw):
-            total = np.zeros((len(x), values.shape[1]), np.float32)
-            np.add.at(total, points, values)
-            out.append(total)
+        f = f * half
+        w, dw, _ = self._weights(u, half)
+        terms = (w[:, None], dw, (w * f)[:, None], w[:, None] * g + f[:, None] * dw)
+        out = _sums(terms, points, len(x))
         return out[0][:, 0], out[1], out[2][:, 0], out[3]
+
+    def value_gradient_and_hessian(self, x: Floats) -> tuple[Floats, ...]:
+        """As `value_and_gradient`, each pair followed by its Hessian (n, 3, 3)."""
+        width = np.float32(2 / len(self.table))
+        half = width / 2 * np.float32(1 + self.margin)
+        points, networks = self._pairs(x, width)
+        u: Floats = (x[points] - ((self.cells[networks] + np.float32(0.5)) * width - np.float32(1))) / half
+        f, g, h = self._in_blocks(u, networks, bent=True)
+        f, h = f * half, h / half
+        w, dw, ddw = self._weights(u, half)
+        bent = w[:, None, None] * h + _both_ways(g, dw) + f[:, None, None] * ddw
+        terms = (
+            w[:, None],
+            dw,
+            ddw.reshape(-1, 9),
+            (w * f)[:, None],
+            w[:, None] * g + f[:, None] * dw,
+            bent.reshape(-1, 9),
+        )
+        total, slope, bend, value, gradient, hessian = _sums(terms, points, len(x))
+        return total[:, 0], slope, bend.reshape(-1, 3, 3), value[:, 0], gradient, hessian.reshape(-1, 3, 3)
 
     def _pairs(self, x: Floats, width: np.float32) -> tuple[Rows, Rows]:
         t = (x + 1) / width
@@ -98,7 +151,7 @@ class _Level:
         order = np.argsort(joined, kind="stable")
         return np.concatenate(rows)[order], joined[order]
 
-    def _in_blocks(self, u: Floats, networks: Rows) -> tuple[Floats, Floats]:
+    def _in_blocks(self, u: Floats, networks: Rows, *, bent: bool = False) -> tuple[Floats, ...]:
         each, counts = np.unique(networks, return_counts=True)
         blocks = -(-counts // BLOCK)
         shift = (np.cumsum(blocks) - blocks) * BLOCK - (np.cumsum(counts) - counts)
@@ -106,34 +159,52 @@ class _Level:
         owners = np.repeat(each, blocks)
         packed = np.zeros((len(owners), BLOCK, 3), np.float32)
         packed.reshape(-1, 3)[places] = u
-        phi, gradient = self.sines[owners].value_and_gradient(packed)
-        linear = self.linear[owners]
+        sines, linear = self.sines[owners], self.linear[owners]
+        found = sines.value_gradient_and_hessian(packed) if bent else sines.value_and_gradient(packed)
+        phi, gradient, *hessian = found
         phi, gradient = phi + packed @ linear, gradient + np.swapaxes(linear, -1, -2)
-        return phi.reshape(-1)[places], gradient.reshape(-1, 3)[places]
+        shapes = ((-1,), (-1, 3), (-1, 3, 3))
+        return tuple(
+            values.reshape(shape)[places] for values, shape in zip((phi, gradient, *hessian), shapes, strict=False)
+        )
 
-    def _weights(self, u: Floats, half: np.float32) -> tuple[Floats, Floats]:
+    def _weights(self, u: Floats, half: np.float32) -> tuple[Floats, Floats, Floats]:
         steepness = np.float32((1 + self.margin) / (2 * self.margin))
         t = np.clip((1 - np.abs(u)) * steepness, 0, 1)
-        x, y, z = (t**3 * ((6 * t - 15) * t + 10)).T
-        dx, dy, dz = ((30 * steepness / half) * -np.sign(u) * (t * (1 - t)) ** 2).T
-        return x * y * z, np.stack([dx * y * z, x * dy * z, x * y * dz], axis=1)
+        s = t**3 * ((6 * t - 15) * t + 10)
+        ds = (30 * steepness / half) * -np.sign(u) * (t * (1 - t)) ** 2
+        dds = (60 * (steepness / half) ** 2) * t * (1 - t) * (1 - 2 * t)
+        slope, bend = np.empty_like(u), np.empty((len(u), 3, 3), np.float32)
+        for i in range(3):
+            j, k = (i + 1) % 3, (i + 2) % 3
+            slope[:, i] = ds[:, i] * s[:, j] * s[:, k]
+            bend[:, i, i] = dds[:, i] * s[:, j] * s[:, k]
+            bend[:, i, j] = bend[:, j, i] = ds[:, i] * ds[:, j] * s[:, k]
+        return s.prod(axis=1), slope, bend
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class SavedField:
+class SavedField(FieldQueries):
     """A field as `SignedDistanceField.save` wrote it."""
 
     coarse: _Sines
     levels: tuple[_Level, ...]
-    center: NDArray[np.float64]
-    scale: float
+    frame: Frame
 
     def evaluate(self, points: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """The signed distance (n,) at `points` (n, 3), and its gradient (n, 3)."""
-        unit = ((points - self.center) * self.scale).astype(np.float32)
-        parts = [self._value_and_gradient(unit[start : start + CHUNK]) for start in range(0, len(unit), CHUNK)]
-        phi, gradient = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-        return phi.astype(np.float64) / self.scale, gradient.astype(np.float64)
+        phi, gradient = self.at(self.frame.to_unit(points), 1)
+        return phi / self.frame.scale, gradient
+
+    def at(self, x: NDArray[np.float64], order: int) -> tuple[NDArray[np.float64], ...]:
+        """At unit points x (n, 3): the value (n,), from order 1 on the gradient, for order 2 the Hessian as well."""
+        size, ask = (BENT_CHUNK, self._value_gradient_and_hessian) if order > 1 else (CHUNK, self._value_and_gradient)
+        out = tuple(np.empty((len(x), *shape)) for shape in ((), (3,), (3, 3))[: order + 1])
+        for start in range(0, len(x), size):
+            part = slice(start, start + size)
+            for array, values in zip(out, ask(x[part].astype(np.float32)), strict=False):
+                array[part] = values
+        return out
 
     def _value_and_gradient(self, x: Floats) -> tuple[Floats, Floats]:
         phi, gradient = np.zeros(len(x), np.float32), np.zeros((len(x), 3), np.float32)
@@ -152,6 +223,50 @@ class SavedField:
         gradient[rows] += rest[rows, None] * value_gradient + value * slope[rows]
         return phi, gradient
 
+    def _value_gradient_and_hessian(self, x: Floats) -> tuple[Floats, ...]:
+        phi, gradient = np.zeros(len(x), np.float32), np.zeros((len(x), 3), np.float32)
+        hessian = np.zeros((len(x), 3, 3), np.float32)
+        rest, slope, bend = np.ones(len(x), np.float32), np.zeros_like(gradient), np.zeros_like(hessian)
+        rows = np.arange(len(x))
+
+        def add(value: Floats, value_gradient: Floats, value_hessian: Floats) -> None:
+            r, dr, ddr = rest[rows], slope[rows], bend[rows]
+            phi[rows] += r * value
+            gradient[rows] += r[:, None] * value_gradient + value[:, None] * dr
+            hessian[rows] += (
+                r[:, None, None] * value_hessian + _both_ways(value_gradient, dr) + value[:, None, None] * ddr
+            )
+
+        for level in reversed(self.levels):
+            total, total_slope, total_bend, *values = level.value_gradient_and_hessian(x[rows])
+            add(*values)
+            r, dr, ddr = rest[rows], slope[rows], bend[rows]
+            left = 1 - total
+            bend[rows] = left[:, None, None] * ddr - _both_ways(dr, total_slope) - r[:, None, None] * total_bend
+            slope[rows] = left[:, None] * dr - r[:, None] * total_slope
+            rest[rows] = r * left
+            rows = rows[(rest[rows] > NEGLIGIBLE) | (np.abs(bend[rows]).max(axis=(1, 2), initial=0) > UNBENT)]
+        value, value_gradient, value_hessian = self.coarse.value_gradient_and_hessian(x[rows])
+        add(value[:, 0], value_gradient, value_hessian)
+        return phi, gradient, hessian
+
+
+def _sums(terms: Iterable[Floats], rows: Rows, n: int) -> list[Floats]:
+    """Each of `terms` (p, m), summed by `rows` (p,) of n."""
+    out = []
+    for values in terms:
+        total = np.zeros((n, values.shape[1]), np.float32)
+        np.add.at(total, rows, values)
+        out.append(total)
+    return out
+
+
+def _both_ways(a: Floats, b: Floats) -> Floats:
+    """a b^T + b a^T (n, 3, 3) of vectors (n, 3)."""
+    outer = a[:, :, None] * b[:, None, :]
+    both: Floats = outer + np.swapaxes(outer, 1, 2)
+    return both
+
 
 @lru_cache(maxsize=CACHED)
 def load(artifacts: Artifacts, path: Path) -> SavedField:
@@ -167,8 +282,7 @@ def load(artifacts: Artifacts, path: Path) -> SavedField:
     return SavedField(
         coarse=_sines(weights, biases, network["omega"]),
         levels=tuple(_level(config, f"level.{i}.", tensors) for i, config in enumerate(levels)),
-        center=np.array(about["frame"]["center"]),
-        scale=float(about["frame"]["scale"]),
+        frame=Frame(center=np.array(about["frame"]["center"]), scale=float(about["frame"]["scale"])),
     )
 
 
