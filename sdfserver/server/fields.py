@@ -59,7 +59,9 @@ class _Sines:
         """The same two, and the second derivatives (..., n, 3, 3)."""
         *sine_layers, (last, offset) = self.layers
         h = x
-        sines, cosines, jacobians = [], [], []
+        sines: list[NDArray[Any]] = []
+        cosines: list[NDArray[Any]] = []
+        jacobians: list[NDArray[Any]] = []
         for weight, bias in sine_layers:
             z = h @ weight + bias
             if jacobians:
@@ -117,9 +119,11 @@ class _Level:
         width = np.float32(2 / len(self.table))
         half = width / 2 * np.float32(1 + self.margin)
         points, networks = self._pairs(x, width)
-        u: Floats = (x[points] - ((self.cells[networks] + np.float32(0.5)) * width - np.float32(1))) / half
+        centres: Floats = (self.cells[networks] + np.float32(0.5)) * width - np.float32(1)
+        u: Floats = (x[points] - centres) / half
         f, g, h = self._in_blocks(u, networks, bent=True)
-        f, h = f * half, h / half
+        f *= half
+        h /= half
         w, dw, ddw = self._weights(u, half)
         bent = w[:, None, None] * h + _both_ways(g, dw) + f[:, None, None] * ddw
         terms = (
