@@ -1,5 +1,6 @@
 """What every test may use: the paths of the repository, and the rules for `gpu` and `slow`."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,18 @@ def root() -> Path:
 def data() -> Path:
     """The bundled clouds."""
     return ROOT / "data"
+
+
+@pytest.fixture
+def save(tmp_path: Path) -> Callable[[str, bytes], Path]:
+    """Writes bytes to a file of that name, and tells where."""
+
+    def to(name: str, data: bytes) -> Path:
+        path = tmp_path / name
+        path.write_bytes(data)
+        return path
+
+    return to
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -49,16 +49,6 @@ from sdfserver.reconstruct import reconstruct
 MIB = 1 << 20
 
 
-@pytest.fixture
-def save(tmp_path: Path) -> Callable[[str, bytes], Path]:
-    def to(name: str, data: bytes) -> Path:
-        path = tmp_path / name
-        path.write_bytes(data)
-        return path
-
-    return to
-
-
 def refusal(path: Path, *, mib: float = 8, seconds: float = 2, read: Callable = read_cloud) -> str:
     """What is said of a file that is refused, within seconds of processor time and numpy's and Python's own memory."""
     start = time.process_time()

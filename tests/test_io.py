@@ -3,7 +3,6 @@ import os
 import re
 import sys
 import tracemalloc
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -39,16 +38,6 @@ from sdfserver.mesh import TriangleMesh
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data is not here")
-
-
-@pytest.fixture
-def save(tmp_path: Path) -> Callable[[str, bytes], Path]:
-    def to(name: str, data: bytes) -> Path:
-        path = tmp_path / name
-        path.write_bytes(data)
-        return path
-
-    return to
 
 
 def refusal(path: Path, kind: type[Exception] = CloudFormatError) -> str:
