@@ -93,7 +93,7 @@ def api(
     data_dir: DataDir = None,
     fd: Annotated[int | None, typer.Option(hidden=True, help="A socket that listens already.")] = None,
 ) -> None:
-    """Serve the HTTP interface alone; workers on this and other hosts share its database and data folder."""
+    """Serve the HTTP interface alone; workers on any host share its database, and its data folder or bucket."""
     from sdfserver.server.storage import open_storage
     from sdfserver.server.supervisor import check_public, listen, run_api, url_of, watch_parent
 
@@ -111,7 +111,7 @@ def api(
 
 
 def worker(data_dir: DataDir = None, device: Device = None) -> None:
-    """Run jobs, one at a time, for an API that shares the database and the data folder."""
+    """Run jobs, one at a time, for an API that shares the database, and the data folder or bucket."""
     from sdfserver.server.supervisor import watch_parent
     from sdfserver.server.worker import main
 
