@@ -1,9 +1,13 @@
 """What every test may use: the paths of the repository, and the rules for `gpu` and `slow`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from s3 import S3
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -18,6 +22,15 @@ def root() -> Path:
 def data() -> Path:
     """The bundled clouds."""
     return ROOT / "data"
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator["S3"]:
+    """A server that speaks S3; whoever stops it starts it again."""
+    from s3 import s3_server
+
+    with s3_server() as server:
+        yield server
 
 
 @pytest.fixture

@@ -17,7 +17,8 @@ import httpx
 import numpy as np
 import psutil
 import psycopg
-from waiting import QUICK, wait_until
+import pytest
+from waiting import QUICK, fresh_postgres, wait_until
 
 from sdfserver.client import Client
 from sdfserver.io import read_cloud, read_mesh
@@ -285,6 +286,19 @@ class Host:
                 wanted |= {self.artifacts.fit(row.id, row.fitted) / name for name in FIT_FILES}
                 wanted |= {self.artifacts.mesh(row.id, row.published) / name for name in MESH_FILES}
         return wanted
+
+
+@contextmanager
+def fresh_host(folder: Path, database: str, **settings: Any) -> Iterator[Host]:
+    """A service of its own on "sqlite" or "postgresql"; nothing runs yet, and whatever runs in the end is killed."""
+    with fresh_postgres() as url:
+        if database == "postgresql" and url is None:
+            pytest.skip("no PostgreSQL on 127.0.0.1:5432")
+        host = Host(folder, url if database == "postgresql" else None, **settings)
+        try:
+            yield host
+        finally:
+            host.close()
 
 
 def _variables(settings: dict[str, Any]) -> dict[str, str]:

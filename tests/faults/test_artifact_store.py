@@ -4,38 +4,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faults.host import Host, until
-from s3 import S3, s3_server
-from waiting import fresh_postgres
+from faults.host import Host, fresh_host, until
+from s3 import S3
 
 from sdfserver.schemas import JobState
 
 pytestmark = pytest.mark.timeout(1800)
 
 
-@pytest.fixture(scope="module")
-def s3() -> Iterator[S3]:
-    with s3_server() as server:
-        yield server
-
-
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
 def host(request: pytest.FixtureRequest, s3: S3, tmp_path: Path) -> Iterator[Host]:
     """A service whose artifacts are in S3; nothing runs yet."""
-    with fresh_postgres() as url:
-        if request.param == "postgresql" and url is None:
-            pytest.skip("no PostgreSQL on 127.0.0.1:5432")
-        host = Host(
-            tmp_path,
-            url if request.param == "postgresql" else None,
-            processors=1,
-            artifacts_url=f"s3://{s3.bucket()}/files",
-        )
+    with fresh_host(tmp_path, request.param, processors=1, artifacts_url=f"s3://{s3.bucket()}/files") as host:
         host.environment |= s3.environment
-        try:
-            yield host
-        finally:
-            host.close()
+        yield host
 
 
 def works_on_nothing(host: Host) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import obstore
 import pytest
-from s3 import S3, s3_server
+from s3 import S3
 from server.helpers import PATIENCE_S, Process, is_problem, process, until
 
 from sdfserver.client import Client
@@ -16,12 +16,6 @@ from sdfserver.metrics import mesh_health
 from sdfserver.server.artifacts import FIT_FILES, MESH_FILES
 
 OPTIONS: dict[str, Any] = {"preset": "draft", "resolution": 32}
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[S3]:
-    with s3_server() as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

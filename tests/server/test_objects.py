@@ -7,7 +7,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from s3 import S3, s3_server
+from s3 import S3
 
 from sdfserver.errors import ConfigError
 from sdfserver.server import objects
@@ -16,12 +16,6 @@ from sdfserver.server.objects import ObjectArtifacts
 from sdfserver.server.settings import load_settings
 
 MESH_BYTES = bytes(range(256)) * 100_000  # more than one part, and more than one upload part
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[S3]:
-    with s3_server() as server:
-        yield server
 
 
 @pytest.fixture(params=["file", "s3"])

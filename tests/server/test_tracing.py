@@ -11,8 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
-from faults.host import CLOUD, Host, until
-from waiting import fresh_postgres
+from faults.host import CLOUD, Host, fresh_host, until
 
 from sdfserver.schemas import JobState
 from sdfserver.server import tracing
@@ -117,15 +116,9 @@ def collector() -> Iterator[Collector]:
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
 def host(request: pytest.FixtureRequest, tmp_path: Path, collector: Collector) -> Iterator[Host]:
     """A service that traces; nothing runs yet."""
-    with fresh_postgres() as url:
-        if request.param == "postgresql" and url is None:
-            pytest.skip("no PostgreSQL on 127.0.0.1:5432")
-        host = Host(tmp_path, url if request.param == "postgresql" else None)
+    with fresh_host(tmp_path, request.param) as host:
         host.environment["OTEL_EXPORTER_OTLP_ENDPOINT"] = collector.url
-        try:
-            yield host
-        finally:
-            host.close()
+        yield host
 
 
 ONE_POINT = b"0 0 1 0 0 1\n"
