@@ -51,6 +51,11 @@ class Kept:
     fitted: int | None
     published: int | None
 
+    @property
+    def folders(self) -> set[str]:
+        """The names of the folders of those attempts."""
+        return {f"fit-{self.fitted or 0}", f"mesh-{self.published or 0}"}
+
 
 class ArtifactError(SdfServerError):
     """Where the artifacts are kept does not answer, or refuses; later it may not."""
@@ -216,7 +221,7 @@ class Artifacts:
         if made is not None:
             if found.size != made.size:
                 raise DamagedError(f"it has {found.size:,} bytes instead of {made.size:,}")
-            if found.path is not None and _sha256(found.path, found.version) != made.sha256:
+            if found.path is not None and _sha256_of(found.path, found.version) != made.sha256:
                 raise DamagedError("its SHA-256 is another")
         return made
 
@@ -262,9 +267,8 @@ class Artifacts:
                 if not self._receiving(job_id):
                     self.remove(job_id)
             elif wanted[job_id].ended:
-                keep = {self.fit(job_id, wanted[job_id].fitted or 0), self.mesh(job_id, wanted[job_id].published or 0)}
                 for folder in self.jobs.joinpath(job_id).iterdir():
-                    if folder.is_dir() and folder not in keep:
+                    if folder.is_dir() and folder.name not in wanted[job_id].folders:
                         shutil.rmtree(folder, ignore_errors=True)
 
     def _receiving(self, job_id: str) -> bool:
@@ -297,9 +301,7 @@ def seal(folder: Path, *names: str) -> None:
     paths = [folder / name for name in names] or [path for path in sorted(folder.iterdir()) if path.name != SUMS]
     sums = {}
     for path in paths:
-        with path.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        sums[path.name] = {"size": path.stat().st_size, "sha256": digest}
+        sums[path.name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
     (folder / (_sums_of(names[0]) if names else SUMS)).write_text(json.dumps(sums, indent=1) + "\n")
     sync(folder)
 
@@ -322,7 +324,11 @@ def _sums(artifacts: Artifacts, folder: Path, name: str) -> Mapping[str, Sum]:
 
 
 @lru_cache(maxsize=4096)
-def _sha256(path: Path, _version: str) -> str:
+def _sha256_of(path: Path, _version: str) -> str:
+    return _sha256(path)
+
+
+def _sha256(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

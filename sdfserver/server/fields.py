@@ -102,11 +102,7 @@ class _Level:
 
     def value_and_gradient(self, x: Floats) -> tuple[Floats, Floats, Floats, Floats]:
         """W (n,), its gradient (n, 3), the sum of w f (n,) and its gradient (n, 3) at x (n, 3)."""
-        width = np.float32(2 / len(self.table))
-        half = width / 2 * np.float32(1 + self.margin)
-        points, networks = self._pairs(x, width)
-        centres: Floats = (self.cells[networks] + np.float32(0.5)) * width - np.float32(1)
-        u: Floats = (x[points] - centres) / half
+        points, networks, u, half = self._local(x)
         f, g = self._in_blocks(u, networks)
         f = f * half
         w, dw, _ = self._weights(u, half)
@@ -116,11 +112,7 @@ class _Level:
 
     def value_gradient_and_hessian(self, x: Floats) -> tuple[Floats, ...]:
         """As `value_and_gradient`, each pair followed by its Hessian (n, 3, 3)."""
-        width = np.float32(2 / len(self.table))
-        half = width / 2 * np.float32(1 + self.margin)
-        points, networks = self._pairs(x, width)
-        centres: Floats = (self.cells[networks] + np.float32(0.5)) * width - np.float32(1)
-        u: Floats = (x[points] - centres) / half
+        points, networks, u, half = self._local(x)
         f, g, h = self._in_blocks(u, networks, bent=True)
         f *= half
         h /= half
@@ -136,6 +128,14 @@ class _Level:
         )
         total, slope, bend, value, gradient, hessian = _sums(terms, points, len(x))
         return total[:, 0], slope, bend.reshape(-1, 3, 3), value[:, 0], gradient, hessian.reshape(-1, 3, 3)
+
+    def _local(self, x: Floats) -> tuple[Rows, Rows, Floats, np.float32]:
+        """Pairs of rows of x (n, 3) and networks that reach them, the points as these see them, half a cell's width."""
+        width = np.float32(2 / len(self.table))
+        half = width / 2 * np.float32(1 + self.margin)
+        points, networks = self._pairs(x, width)
+        centres: Floats = (self.cells[networks] + np.float32(0.5)) * width - np.float32(1)
+        return points, networks, (x[points] - centres) / half, half
 
     def _pairs(self, x: Floats, width: np.float32) -> tuple[Rows, Rows]:
         t = (x + 1) / width

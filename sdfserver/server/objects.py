@@ -5,7 +5,6 @@ in a folder of its own, which the next process to start removes after its end. U
 parts: neither memory nor disk of the API depends on their size.
 """
 
-import contextlib
 import fcntl
 import logging
 import math
@@ -261,8 +260,7 @@ class ObjectArtifacts(Artifacts):
             if job_id not in wanted:
                 self.remove(job_id)
             elif wanted[job_id].ended:
-                keep = {f"fit-{wanted[job_id].fitted or 0}", f"mesh-{wanted[job_id].published or 0}", ""}
-                for folder in inside - keep:
+                for folder in inside - wanted[job_id].folders - {""}:
                     self._delete(f"{job_id}/{folder}/")
 
     def _key(self, path: Path) -> str:
@@ -306,7 +304,7 @@ class ObjectArtifacts(Artifacts):
         """Remove the folders of processes that are gone: nobody holds their locks."""
         with self._locked_scratch():
             for path in self._scratch.glob("*.lock"):
-                with path.open("rb") as stream, contextlib.suppress(BlockingIOError):
+                with path.open("rb") as stream, suppress(BlockingIOError):
                     fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     shutil.rmtree(path.with_suffix(""), ignore_errors=True)
                     path.unlink()

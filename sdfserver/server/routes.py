@@ -7,7 +7,7 @@ import logging
 import re
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -16,6 +16,7 @@ from typing import Annotated, Any, TypeVar, cast, get_args
 import numpy as np
 from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Body, Depends, Header, Query, Request, Response
+from fastapi.concurrency import contextmanager_in_threadpool
 from fastapi.responses import FileResponse, JSONResponse, RedirectResponse, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from fastapi.sse import EventSourceResponse, ServerSentEvent
@@ -532,17 +533,12 @@ async def _is_there(service: Service, path: Path) -> bool:
 
 
 async def _convert(service: Service, mesh: Path, target: Path, title: str) -> None:
-    async with AsyncExitStack() as stack:
-        here = service.artifacts.at_hand(mesh)
-        try:
-            source = await run_in_threadpool(here.__enter__)
-        except FileNotFoundError:
-            return  # so is the target, then
-        stack.push_async_callback(run_in_threadpool, here.__exit__, None, None, None)
-        made = source.with_name(target.name)
-        await _write_as(source, made)
-        if made.exists():
-            await run_in_threadpool(service.artifacts.add, made, target, title)
+    with suppress(FileNotFoundError):  # then the target is gone as well
+        async with contextmanager_in_threadpool(service.artifacts.at_hand(mesh)) as source:
+            made = source.with_name(target.name)
+            await _write_as(source, made)
+            if made.exists():
+                await run_in_threadpool(service.artifacts.add, made, target, title)
 
 
 async def _write_as(source: Path, target: Path) -> None:

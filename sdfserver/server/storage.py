@@ -53,13 +53,15 @@ def sweep(settings: Settings, store: Store, queue: JobQueue, artifacts: Artifact
 
 
 def _make_tables(settings: Settings, store: Store, artifacts: Artifacts) -> tuple[str | None, str]:
-    # A database made anew would know of none of these files, and they would be swept.
-    if store.is_empty() and artifacts.holds_jobs():
-        raise ConfigError(
-            "there are clouds and meshes of jobs, and the database knows of none: restore it from a backup, or "
-            f"move the files away ({settings.artifacts_url or artifacts.jobs}) to begin anew"
-        )
-    versions = store.create_tables()
+    def refuse_orphans() -> None:
+        # A database made anew would know of none of these files, and they would be swept.
+        if artifacts.holds_jobs():
+            raise ConfigError(
+                "there are clouds and meshes of jobs, and the database knows of none: restore it from a backup, or "
+                f"move the files away ({settings.artifacts_url or artifacts.jobs}) to begin anew"
+            )
+
+    versions = store.create_tables(refuse_orphans)
     JobQueue.create_tables(settings.database)
     return versions
 

@@ -20,7 +20,7 @@ from sqlalchemy.engine import Connection, Engine
 
 from sdfserver.schemas import JobKind, JobState
 from sdfserver.server.artifacts import Kept
-from sdfserver.server.migrations import migrate, version_of
+from sdfserver.server.migrations import migrate
 
 _PATIENCE = {
     "connect_timeout": 10,
@@ -210,17 +210,13 @@ class Store:
             sa.event.listen(self.engine, "connect", _limit_idleness)
             self.now = sa.literal_column("extract(epoch from clock_timestamp())::float8", sa.Float)
 
-    def create_tables(self) -> tuple[str | None, str]:
+    def create_tables(self, when_new: Callable[[], None] = lambda: None) -> tuple[str | None, str]:
         """Make what is missing, or bring it up to date; several processes may do so at once. Versions before and after.
 
-        Raises ConfigError where the database is a later sdfserver's.
+        `when_new` is called first where there is nothing yet, and may raise. Raises ConfigError where the database is a
+        later sdfserver's.
         """
-        return migrate(self.engine)
-
-    def is_empty(self) -> bool:
-        """Whether it is a database without any table of ours."""
-        with self._read() as connection:
-            return version_of(connection) is None
+        return migrate(self.engine, when_new)
 
     def close(self) -> None:
         """Give all connections back."""

@@ -4,6 +4,8 @@ A version is a file in `versions`, never changed once it was released. What the 
 holds the two against each other.
 """
 
+from collections.abc import Callable
+
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
@@ -27,10 +29,11 @@ def version_of(connection: Connection) -> str | None:
     return FIRST if "jobs" in tables else None
 
 
-def migrate(engine: Engine) -> tuple[str | None, str]:
+def migrate(engine: Engine, when_new: Callable[[], None] = lambda: None) -> tuple[str | None, str]:
     """Bring the database to the last version; several processes may do so at once. The versions before and after.
 
-    Raises ConfigError where it is of a later version than this one knows.
+    `when_new` is called before anything is made where there is nothing yet, and may raise: then nothing is. Raises
+    ConfigError where the database is of a later version than this one knows.
     """
     with engine.connect() as connection:
         before = version_of(connection)
@@ -41,10 +44,10 @@ def migrate(engine: Engine) -> tuple[str | None, str]:
             # Longer than other transactions may: where the cores are short, loading Alembic takes its time.
             connection.execute(sa.text(f"SET LOCAL idle_in_transaction_session_timeout = '{IDLE_SECONDS}s'"))
             connection.execute(sa.text(f"SELECT pg_advisory_xact_lock({LOCK})"))
-        return _migrate(connection), HEAD
+        return _migrate(connection, when_new), HEAD
 
 
-def _migrate(connection: Connection) -> str | None:
+def _migrate(connection: Connection, when_new: Callable[[], None]) -> str | None:
     from alembic import command
     from alembic.config import Config
     from alembic.script import ScriptDirectory
@@ -55,6 +58,8 @@ def _migrate(connection: Connection) -> str | None:
     config.set_main_option("path_separator", "os")
     config.attributes["connection"] = connection
     before = version_of(connection)
+    if before is None:
+        when_new()
     try:
         if before is not None:
             ScriptDirectory.from_config(config).get_revision(before)
