@@ -4,7 +4,7 @@ Faces are wound counter-clockwise seen from outside. Nothing here merges vertice
 something is cut off it on purpose.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,11 +28,15 @@ class TriangleMesh:
     vertices: (v, 3) float64.
     faces: (f, 3) int64 rows of `vertices`.
     normals: (v, 3) float32 unit vectors that point outward, or None where they were not computed.
+    colors: (v, 3) uint8 red, green and blue, or None where the cloud had none.
+    confidence: (v,) float32, how far measured points support the surface there, from 0 (imagined) to 1, or None.
     """
 
     vertices: NDArray[np.float64]
     faces: NDArray[np.int64]
     normals: NDArray[np.float32] | None = None
+    colors: NDArray[np.uint8] | None = None
+    confidence: NDArray[np.float32] | None = None
 
 
 def face_normals(vertices: NDArray[np.float64], faces: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -75,8 +79,14 @@ def keep_faces(mesh: TriangleMesh, keep: NDArray[np.bool_]) -> TriangleMesh:
     used = np.zeros(len(mesh.vertices), bool)
     used[faces] = True
     row = np.cumsum(used, dtype=np.int64) - 1
-    normals = None if mesh.normals is None else mesh.normals[used]
-    return TriangleMesh(vertices=mesh.vertices[used], faces=row[faces], normals=normals)
+    return replace(
+        mesh,
+        vertices=mesh.vertices[used],
+        faces=row[faces],
+        normals=None if mesh.normals is None else mesh.normals[used],
+        colors=None if mesh.colors is None else mesh.colors[used],
+        confidence=None if mesh.confidence is None else mesh.confidence[used],
+    )
 
 
 def drop_small_components(mesh: TriangleMesh, min_share: float) -> TriangleMesh:
