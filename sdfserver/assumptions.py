@@ -171,8 +171,7 @@ def warnings_of(found: Assumptions, mending: Mending | None = None) -> list[str]
         what = "a plane, without an inside" if found.flat < FLAT else "open"
         said.append(
             f"open_surface: the surface is {what} ({_percent(found.open_surface)} of what its points face is missing); "
-            "a mesh that is closed has a lid or a back there, which was never scanned; "
-            f"--trim {3 * found.spacing:.2g} cuts away what is farther than three spacings from all points"
+            "the mesh is left open there, or closed by a lid or a back that was never scanned, as --surface says"
         )
     if found.thin > MOST_THIN:
         said.append(

@@ -21,7 +21,7 @@ import typer
 from typer.exceptions import TyperException
 
 import sdfserver
-from sdfserver.config import PRESETS, MeshConfig, NetworkConfig, preset_named
+from sdfserver.config import PRESETS, MeshConfig, NetworkConfig, SurfaceKind, preset_named
 from sdfserver.errors import (
     DEBUG,
     CloudError,
@@ -137,13 +137,20 @@ LevelOption = Annotated[
         help="Take the surface at this signed distance, in the cloud's units: above 0 is outside.",
     ),
 ]
+SurfaceOption = Annotated[
+    SurfaceKind,
+    typer.Option(
+        rich_help_panel="Mesh",
+        help="Leave the mesh open where no points support it, or closed; auto opens it where the scan is an open one.",
+    ),
+]
 TrimOption = Annotated[
     float | None,
     typer.Option(
         metavar="DISTANCE",
         show_default=False,
         rich_help_panel="Mesh",
-        help="Cut away what is farther than this from every point, in the cloud's units: for open surfaces.",
+        help="Cut away what is farther than this from every point, in the cloud's units, wherever that is.",
     ),
 ]
 ComponentOption = Annotated[
@@ -289,6 +296,7 @@ def reconstruct(
     remove_outliers: OutliersOption = False,
     resolution: ResolutionOption = None,
     level: LevelOption = 0.0,
+    surface: SurfaceOption = "auto",
     trim: TrimOption = None,
     min_component: ComponentOption = None,
     faces: FacesOption = None,
@@ -301,7 +309,7 @@ def reconstruct(
 
     The points need normals that point outward, or --normals estimate.
 
-    The mesh is closed unless --trim is given, and keeps the cloud's units and position.
+    The mesh is closed unless the scan is an open one (see --surface), and keeps the cloud's units and position.
     """
     sensor = _sensor(viewpoint, normals)
     _check_seed(seed)
@@ -309,6 +317,7 @@ def reconstruct(
         PRESETS[preset].mesh,
         resolution=resolution,
         level_world=level,
+        surface=surface,
         trim_distance_world=trim,
         min_component_share=min_component,
         target_faces=faces,
@@ -360,6 +369,7 @@ def submit(
     remove_outliers: OutliersOption = False,
     resolution: ResolutionOption = None,
     level: LevelOption = 0.0,
+    surface: SurfaceOption = "auto",
     trim: TrimOption = None,
     min_component: ComponentOption = None,
     faces: FacesOption = None,
@@ -408,6 +418,7 @@ def submit(
         "remove_outliers": remove_outliers,
         "resolution": None if resolution == "auto" else resolution,
         "level": level,
+        "surface": surface,
         "trim": trim,
         "min_component": min_component,
         "faces": faces,
@@ -807,6 +818,7 @@ def _say_result(output: Path, report: dict[str, Any]) -> None:
 
 def _summary(output: Path, report: dict[str, Any]) -> str:
     mesh, distance, cloud = report["mesh"], report["input_to_mesh"], report["cloud"]
+    surface = report.get("surface", {})  # a server of an earlier version does not say
     parts = f"{mesh['components']} parts, " if mesh["components"] != 1 else ""
     closed = f"watertight, genus {mesh['genus']}" if mesh["watertight"] else "open"
     hollow = mesh["watertight"] and mesh["volume"] < 0
@@ -815,6 +827,7 @@ def _summary(output: Path, report: dict[str, Any]) -> str:
         [
             f"{output}: {mesh['vertices']:,} vertices, {mesh['faces']:,} faces, {parts}{closed}",
             f"the points lie {distance['mean']:.3g} from it on average, {distance['max']:.3g} at most",
+            *([f"left open: {surface['why']}"] if surface.get("kind") == "open" else []),
             *(["a hollow seen from inside, for the normals face it"] if hollow else []),
             *(f"{count:,} {what}" for what, count in lost.items() if count),
             f"{report['seconds']['total']:.1f} s",

@@ -6,7 +6,7 @@ All lengths are in the unit frame ([-1, 1]^3) unless the name says otherwise.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 
 from sdfserver.errors import ConfigError
 
@@ -305,6 +305,9 @@ class LocalConfig:
         return self.learning_rate * rise_and_fall(step, self.steps, self.warm_up_share)
 
 
+SurfaceKind = Literal["auto", "closed", "open"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig:
     """How the surface is taken out of the field."""
@@ -315,6 +318,8 @@ class MeshConfig:
     """Bounds of an automatic resolution."""
     level_world: float = 0.0
     """Signed distance of the surface that is extracted, in world units: positive is an outer offset."""
+    surface: SurfaceKind = "auto"
+    """Whether what no points support is cut away; auto does so where the cloud is that of an open surface."""
     trim_distance_world: float | None = None
     """Drop what is farther than this from every input point, in world units; None keeps a closed surface."""
     drop_unsupported: bool = True
@@ -330,6 +335,7 @@ class MeshConfig:
         for cells in (*self.auto_range, *(() if self.resolution == "auto" else (self.resolution,))):
             _require(8 <= cells <= 4096, f"resolution is {cells}; it must be 8 to 4096, or auto")
         _require(math.isfinite(self.level_world), f"level is {self.level_world}; it must be finite")
+        _require(self.surface in get_args(SurfaceKind), f"surface is {self.surface!r}; it must be auto, closed or open")
         trim = self.trim_distance_world
         _require(trim is None or 0 < trim < math.inf, f"trim distance is {trim}; it must be positive")
         share = self.min_component_share
@@ -337,6 +343,11 @@ class MeshConfig:
         faces = self.target_faces
         _require(faces is None or faces >= 4, f"target_faces is {faces}; it must be at least 4")
         _require(0 <= self.projection_steps <= 10, f"projection_steps is {self.projection_steps}; it must be 0 to 10")
+
+    @property
+    def surface_asked(self) -> SurfaceKind:
+        """`surface`, or closed where it is auto and the distance to trim at is given: that opens it well enough."""
+        return "closed" if self.surface == "auto" and self.trim_distance_world is not None else self.surface
 
     def resolution_for(self, detail: int) -> int:
         """The resolution for a field whose finest waves want `detail` cells along each side of the cube."""

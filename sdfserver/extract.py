@@ -126,11 +126,9 @@ class CappedField:
         return torch.where(there, walls, phi), torch.where(there[:, None], side.to(gradient), gradient)
 
 
-def leaves_the_cube(surface: ExtractedSurface, resolution: int) -> bool:
-    """Whether the surface has a border, which it can have on a face of the cube alone."""
-    if not (np.abs(surface.vertices_unit) > 1 - 2 / resolution).any():
-        return False
-    return borders(surface.faces)
+def leaves_the_cube(vertices_unit: NDArray[np.float64], faces: NDArray[np.int64], resolution: int) -> bool:
+    """Whether a surface of vertices (v, 3) and faces (f, 3) reaches the cube's faces and has a border."""
+    return bool((np.abs(vertices_unit) > 1 - 2 / resolution).any()) and borders(faces)
 
 
 def borders(faces: NDArray[np.int64]) -> bool:

@@ -6,7 +6,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -19,13 +19,14 @@ from sdfserver.cloud import Frame, PointCloud, drop_strays, validate
 from sdfserver.config import PRESETS, FitConfig, LocalConfig, MeshConfig, NetworkConfig, preset_named
 from sdfserver.device import without_trace
 from sdfserver.errors import DeviceError, DivergenceError, NoSurfaceError, SdfServerError
-from sdfserver.extract import CappedField, ExtractedSurface, borders, extract, leaves_the_cube
+from sdfserver.extract import CappedField, ExtractedSurface, extract, leaves_the_cube
 from sdfserver.field import SignedDistanceField
 from sdfserver.fit import ANOTHER, Failure, FitJob, FitProgress, FitReport, fit_together
 from sdfserver.mesh import (
     TriangleMesh,
     drop_small_components,
     drop_unsupported_components,
+    face_areas,
     simplify,
     trim_to_points,
 )
@@ -34,6 +35,7 @@ from sdfserver.progress import Progress as Progress
 from sdfserver.refine import RefineReport
 from sdfserver.sampling import sketch_rows
 from sdfserver.siren import Siren
+from sdfserver.support import LEAST_PIECE, SUPPORTERS, SurfaceReport, as_asked, support_of
 from sdfserver.winding import spacing_of
 
 REPORT_FORMAT = 1
@@ -43,7 +45,7 @@ MEASURED_POINTS = 300_000
 """Points of a larger cloud whose distance to the mesh is measured."""
 _CUT = (
     "cut_by_frame: the surface runs out of the box that is searched for it, a little larger than the cloud's, and is "
-    "closed along the walls of that box; --trim DISTANCE cuts away what is far from all points"
+    "closed along the walls of that box; --surface open cuts away what is far from all points"
 )
 FIT_STAGES = ("prepare", "fit")
 MESH_STAGES = ("mesh", "measure")
@@ -347,14 +349,15 @@ def mesh_field(
     with clock.running("mesh"):
         try:
             surface = extract(field, **settings)
-            # Most of what runs out of the cube is a sheet without points, which is dropped in any case.
-            cut = leaves_the_cube(surface, resolution) and _has_border(surface, field.frame, cloud, config)
+            shaped = _shaped(surface, field, cloud, config)
+            cut = shaped.runs_out(field.frame, resolution)
             if cut:
                 capped = CappedField(field, resolution=resolution, level=level)
                 surface = extract(capped, **settings | {"on_progress": None})  # progress never falls
+                shaped = _shaped(surface, field, cloud, config)
         except NoSurfaceError as error:
             raise error.scaled(1 / field.frame.scale) from None
-        triangles = finish_mesh(to_world(surface, field.frame), cloud, config, device=str(field.device))
+        triangles = finish_mesh(shaped.mesh, cloud, config, device=str(field.device))
     with clock.running("measure"):
         accuracy = asdict(cloud_to_mesh(cloud, triangles, max_points=MEASURED_POINTS, device=field.device))
         health = asdict(mesh_health(triangles, device=field.device))
@@ -369,16 +372,42 @@ def mesh_field(
             "gradient_evaluations": surface.gradient_evaluations,
             "cut_by_frame": cut,
         },
+        "surface": asdict(shaped.report) | {"confidence": _mean_confidence(triangles)},
         "warnings": [_CUT] if cut else [],
     }
     return MeshedField(mesh=triangles, report=report)
 
 
-def _has_border(surface: ExtractedSurface, frame: Frame, cloud: PointCloud, config: MeshConfig) -> bool:
-    mesh = to_world(surface, frame)
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Shaped:
+    """An extracted surface in world units, without what no points support, and what was decided about that."""
+
+    mesh: TriangleMesh
+    report: SurfaceReport
+
+    def runs_out(self, frame: Frame, resolution: int) -> bool:
+        """Whether it runs out of the cube. Most of what does is a sheet without points, and is gone by now."""
+        return leaves_the_cube(frame.to_unit(self.mesh.vertices), self.mesh.faces, resolution)
+
+
+def _shaped(surface: ExtractedSurface, field: SignedDistanceField, cloud: PointCloud, config: MeshConfig) -> _Shaped:
+    device, mesh = str(field.device), to_world(surface, field.frame)
     if config.drop_unsupported:
-        mesh = drop_unsupported_components(mesh, cloud.points)
-    return borders(mesh.faces)
+        mesh = drop_unsupported_components(mesh, cloud.points, device=device)
+    support = support_of(mesh, cloud, offset=config.level_world, device=device)
+    mesh, report = as_asked(mesh, support, cloud, config.surface_asked)
+    if report.cut and config.drop_unsupported:
+        fewest = max(SUPPORTERS, round(LEAST_PIECE * len(cloud.points)))
+        mesh = drop_unsupported_components(mesh, cloud.points, min_points=fewest, device=device)
+    return _Shaped(mesh=mesh, report=report)
+
+
+def _mean_confidence(mesh: TriangleMesh) -> float | None:
+    """The mean over the area; None for a mesh without confidence."""
+    if mesh.confidence is None:
+        return None
+    areas = face_areas(mesh.vertices, mesh.faces)
+    return float(np.average(mesh.confidence[mesh.faces].mean(axis=1), weights=areas))
 
 
 def start_report(
@@ -438,14 +467,14 @@ def to_world(surface: ExtractedSurface, frame: Frame) -> TriangleMesh:
 
 
 def finish_mesh(mesh: TriangleMesh, cloud: PointCloud, config: MeshConfig, *, device: str = "cpu") -> TriangleMesh:
-    """What `config` asks for after the extraction: dropped parts, trimming, simplification."""
-    if config.drop_unsupported:
-        mesh = drop_unsupported_components(mesh, cloud.points, device=device)
+    """What `config` asks for when it has been decided where the surface ends: trimming, dropped parts, fewer faces."""
     if config.trim_distance_world is not None:
         mesh = trim_to_points(mesh, cloud.points, config.trim_distance_world)
     mesh = drop_small_components(mesh, config.min_component_share)
-    if config.target_faces is not None:
+    if config.target_faces is not None and len(mesh.faces) > config.target_faces:
         mesh = simplify(mesh, config.target_faces)
+        support = support_of(mesh, cloud, offset=config.level_world, device=device)
+        mesh = replace(mesh, confidence=support.astype(np.float32))
     return mesh
 
 

@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+from sdfserver.config import SurfaceKind
+
 Preset = Literal["draft", "standard", "fine", "paper"]
 MeshFormat = Literal["ply", "glb", "obj", "stl", "off"]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -54,6 +56,10 @@ class MeshOptions(_Model):
     level: Annotated[
         Finite, Field(description="Signed distance of the surface, in the cloud's units: above 0 is outside.")
     ] = 0.0
+    surface: Annotated[
+        SurfaceKind,
+        Field(description="Leave the surface open where no points are, or closed; auto decides by the cloud."),
+    ] = "auto"
     trim: Annotated[
         Finite | None,
         Field(gt=0, description="Cut away what is farther than this from every point, in the cloud's units."),

@@ -380,10 +380,10 @@ def test_a_surface_that_leaves_the_cube_is_closed_along_its_faces(sign: int) -> 
     field = Field(function)
     settings = {"resolution": resolution, "level": level, "dtype": torch.float64}
     bare = extract(field, **settings)
-    assert leaves_the_cube(bare, resolution)
+    assert leaves_the_cube(bare.vertices_unit, bare.faces, resolution)
     assert not is_closed_manifold(bare.faces)
     surface = extract(CappedField(field, resolution=resolution, level=level), **settings)
-    assert not leaves_the_cube(surface, resolution)
+    assert not leaves_the_cube(surface.vertices_unit, surface.faces, resolution)
     assert is_closed_manifold(surface.faces)
     assert np.abs(surface.vertices_unit).max() <= 1
     on_walls = np.abs(surface.vertices_unit).max(axis=1) > 1 - 1.5 / resolution
@@ -397,5 +397,5 @@ def test_a_surface_that_leaves_the_cube_is_closed_along_its_faces(sign: int) -> 
 
 
 def test_a_surface_within_the_cube_is_not_capped() -> None:
-    assert not leaves_the_cube(surface_of(FIELDS["torus"], 32), 32)
-    assert not leaves_the_cube(surface_of(lambda x: x.norm(dim=1) - 0.99, 32), 32)
+    for surface in (surface_of(FIELDS["torus"], 32), surface_of(lambda x: x.norm(dim=1) - 0.99, 32)):
+        assert not leaves_the_cube(surface.vertices_unit, surface.faces, 32)

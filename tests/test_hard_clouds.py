@@ -14,8 +14,9 @@ from test_assumptions import SAID, names
 from sdfserver.cloud import PointCloud
 from sdfserver.config import MeshConfig
 from sdfserver.errors import CloudError, DivergenceError
+from sdfserver.mesh import face_areas
 from sdfserver.metrics import compare_meshes
-from sdfserver.reconstruct import reconstruct
+from sdfserver.reconstruct import mesh_field, reconstruct
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -82,21 +83,24 @@ def test_points_on_a_line_and_normals_without_a_side_are_refused_before_the_fit(
         reconstruct(hard.flipped(share=0.4).cloud, preset="draft", device="cpu")
 
 
-def test_an_open_sheet_stays_one_where_it_is_trimmed_as_the_warning_says() -> None:
+def test_an_open_sheet_stays_one_and_is_closed_if_that_is_asked_for() -> None:
     cloud = hard.plane()
-    assert cloud.cloud.normals is not None
-    (warning,) = reconstruct_warnings(cloud.cloud)
-    distance = re.search(r"--trim (\S+) ", warning)
-    assert distance is not None
-    made = reconstruct(
-        cloud.cloud, preset="draft", device="cpu", mesh=MeshConfig(trim_distance_world=float(distance.group(1)))
-    )
+    made = reconstruct(cloud.cloud, preset="draft", device="cpu")
+    assert made.report["surface"]["kind"] == "open"
+    assert any(warning.startswith("open_surface: ") and "--surface" in warning for warning in made.report["warnings"])
     far = compare_meshes(made.mesh, cloud.reference, samples=20_000)
     assert far.hausdorff < 0.05
-    assert far.normal_consistency > 0.9
+    assert far.normal_consistency > 0.98
+    closed = mesh_field(made.field, cloud.cloud, MeshConfig(surface="closed"))
+    assert closed.report["mesh"]["watertight"]
 
 
-def reconstruct_warnings(cloud: PointCloud) -> list[str]:
-    from sdfserver.assumptions import measure, warnings_of
-
-    return warnings_of(measure(cloud))
+@pytest.mark.parametrize("name", ["open_room", "moebius"])
+def test_what_was_not_scanned_is_not_made_up(name: str) -> None:
+    cloud = getattr(hard, name)()
+    made = reconstruct(cloud.cloud, preset="draft", device="cpu", mesh=MeshConfig(resolution=128))
+    assert made.report["surface"]["kind"] == "open"
+    assert made.report["mesh"]["non_manifold_edges"] == 0
+    # Neither a block around the room nor a back behind the strip: hardly more area than there is.
+    areas = (float(face_areas(mesh.vertices, mesh.faces).sum()) for mesh in (made.mesh, cloud.reference))
+    assert next(areas) < 1.15 * next(areas)

@@ -226,9 +226,27 @@ def test_an_open_room_gives_a_closed_mesh_that_is_cut_by_its_frame() -> None:
     room = sphere(4000)
     assert room.normals is not None
     lower = room.points[:, 2] < 0.3
-    job = quick(PointCloud(points=room.points[lower], normals=-room.normals[lower]))
+    cloud = PointCloud(points=room.points[lower], normals=-room.normals[lower])
+    job = quick(cloud, mesh=replace(COARSE, surface="closed"))
     assert job.report["mesh"]["watertight"]
     assert job.report["mesh"]["non_manifold_edges"] == 0
     said = {warning.split(":")[0] for warning in job.report["warnings"]}
     assert ("cut_by_frame" in said) == job.report["mesh"]["cut_by_frame"]
     assert "open_surface" in said
+    opened = mesh_field(job.field, cloud, COARSE)
+    assert opened.report["surface"]["kind"] == "open"
+    assert not opened.report["mesh"]["cut_by_frame"]
+    assert opened.report["mesh"]["area"] < 0.8 * job.report["mesh"]["area"]
+    trimmed = mesh_field(job.field, cloud, replace(COARSE, trim_distance_world=0.4))
+    assert trimmed.report["surface"]["asked"] == "closed", "a distance to trim at says where it is open"
+
+
+def test_a_mesh_says_how_far_it_is_supported_simplified_or_not(torus_job: Reconstruction) -> None:
+    cloud = torus(4000)
+    for faces in (None, 500):
+        mesh = mesh_field(torus_job.field, cloud, replace(COARSE, target_faces=faces)).mesh
+        assert mesh.confidence is not None
+        assert mesh.confidence.shape == (len(mesh.vertices),)
+        assert mesh.confidence.dtype == np.float32
+        assert mesh.confidence.min() > 0.5
+    assert 0.8 < torus_job.report["surface"]["confidence"] <= 1

@@ -142,6 +142,7 @@ def mesh_config(options: MeshOptions, preset: str, max_resolution: int) -> MeshC
         resolution=options.resolution or base.resolution,
         auto_range=(min(low, max_resolution), min(high, max_resolution)),
         level_world=options.level,
+        surface=options.surface,
         trim_distance_world=options.trim,
         min_component_share=options.min_component,
         target_faces=options.faces,
@@ -452,7 +453,8 @@ def _save_cloud(cloud: "PointCloud", path: Path) -> None:
 _OPTIONS = {
     "--normals estimate": "normals=estimate",
     "--remove-outliers": "remove_outliers=true",
-    "--trim ": "trim=",
+    "--surface open": "surface=open",
+    "--surface": "surface",
     "--resolution": "resolution",
 }
 """The command's options, and what they are called here."""

@@ -95,7 +95,8 @@ def test_an_error_of_our_own_is_told_and_ends_the_job_alone(caplog: pytest.LogCa
     [
         ("use --normals estimate", "use normals=estimate"),
         ("use --remove-outliers", "use remove_outliers=true"),
-        ("--trim 0.14 cuts away", "trim=0.14 cuts away"),
+        ("--surface open cuts away", "surface=open cuts away"),
+        ("as --surface says", "as surface says"),
         ("raise --resolution", "raise resolution"),
     ],
 )
