@@ -212,7 +212,8 @@ def test_a_cloud_without_normals_is_warned_of_and_gets_them(page: "Page", server
 def test_options_are_those_of_the_server_each_with_a_sentence(page: "Page", server: Process) -> None:
     options = httpx.get(f"{server.url}/v1/options").json()
     page.get_by_text("More options").click()
-    for name in ("trim", "faces", "seed", "priority", "max_seconds", "remove_outliers"):
+    assert page.locator("#job-surface option").all_inner_texts() == ["auto", "closed", "open"]
+    for name in ("surface", "trim", "faces", "seed", "priority", "max_seconds", "remove_outliers"):
         field = page.locator(f"#job-{name}")
         assert field.is_visible()
         assert (
@@ -228,11 +229,14 @@ def test_a_mesh_is_made_again_and_the_list_keeps_both(page: "Page", server: Proc
     open_job(page, job)
     page.get_by_text("Mesh again, without a new fit").click()
     page.locator("#again-resolution").fill("24")
+    page.locator("#again-surface").select_option("open")
     page.get_by_role("button", name="Mesh again").click()
     wait_for(page, "job => !location.hash.includes(job)", job)
     wait_for_state(page, "succeeded")
     again = page.url.partition("#job=")[2]
-    assert httpx.get(f"{server.url}/v1/jobs/{again}").json()["parent_id"] == job
+    made = httpx.get(f"{server.url}/v1/jobs/{again}").json()
+    assert made["parent_id"] == job
+    assert made["options"]["surface"] == "open"
     rows = page.locator("#jobs li")
     rows.first.locator("img").wait_for()
     assert rows.first.locator("img").evaluate("image => image.complete && image.naturalWidth > 0")

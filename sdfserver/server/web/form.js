@@ -22,6 +22,11 @@ export function fieldsOf(schema, prefix, { skip = SHOWN_ELSEWHERE } = {}) {
 function inputOf(about) {
   const kinds = about.anyOf ?? [about];
   const kind = kinds.find((option) => option.type !== "null");
+  if (kind.enum) {
+    const select = make("select", {}, ...kind.enum.map((value) => make("option", { value }, value)));
+    select.value = select.dataset.default = about.default;
+    return select;
+  }
   const input = make("input");
   input.dataset.type = kind.type;
   if (kind.type === "boolean") {
@@ -43,8 +48,10 @@ function inputOf(about) {
 /** What has been filled in, by name; what has not is left to the server. */
 export function valuesOf(container) {
   const values = {};
-  for (const input of container.querySelectorAll("input[name]")) {
-    if (input.type === "checkbox") {
+  for (const input of container.querySelectorAll("input[name], select[name]")) {
+    if (input.tagName === "SELECT") {
+      if (input.value !== input.dataset.default) values[input.name] = input.value;
+    } else if (input.type === "checkbox") {
       if (input.checked) values[input.name] = true;
     } else if (input.value.trim() !== "") {
       values[input.name] = input.dataset.type === "array"

@@ -146,11 +146,12 @@ export class JobView {
   async showReport(id) {
     const report = await api.getReport(id);
     if (this.id !== id) return;
-    const { mesh, input_to_mesh: distance, seconds, cloud } = report;
+    const { mesh, surface, input_to_mesh: distance, seconds, cloud } = report;  // older reports have no surface
     const rows = [
       ...(report.warnings ?? []).map((warning) => ["Warning", warning]),
       ["Surface", [mesh.watertight ? "closed" : "open", ...(mesh.components > 1 ? [`${mesh.components} parts`] : []),
         ...(mesh.watertight ? [`genus ${mesh.genus}`] : [])].join(", ")],
+      ...(surface ? [["Because", surface.why], ["Confidence, mean", short(surface.confidence)]] : []),
       ["Triangles", mesh.faces.toLocaleString()],
       ["Area", short(mesh.area)],
       ...(mesh.watertight ? [["Volume", short(mesh.volume)]] : []),
