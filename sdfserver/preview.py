@@ -12,6 +12,7 @@ from scipy.ndimage import binary_dilation, median_filter
 from scipy.spatial import cKDTree
 from skimage.measure import marching_cubes
 
+from sdfserver.attributes import attributes_from
 from sdfserver.cloud import PointCloud
 from sdfserver.errors import ExtractionError
 from sdfserver.field import SignedDistanceField
@@ -37,7 +38,7 @@ _COLOR = np.array([150.0, 178.0, 212.0])
 def some_points(cloud: PointCloud) -> PointCloud:
     """MAX_POINTS of the cloud's points, spread evenly over their order, or all if they are fewer."""
     rows = np.linspace(0, len(cloud.points) - 1, min(len(cloud.points), MAX_POINTS)).round().astype(np.int64)
-    return PointCloud(points=cloud.points[rows], normals=None if cloud.normals is None else cloud.normals[rows])
+    return cloud.take(rows)
 
 
 def coarse_surface(field: SignedDistanceField, points: NDArray[np.float64]) -> TriangleMesh:
@@ -70,11 +71,22 @@ def coarse_surface(field: SignedDistanceField, points: NDArray[np.float64]) -> T
 
 
 def write_surface(mesh: TriangleMesh, cloud: PointCloud, path: str | os.PathLike[str]) -> None:
-    """Write the mesh with MAX_FACES or fewer, as PLY, with each vertex's `distance` to the cloud's nearest point."""
+    """Write the mesh with MAX_FACES or fewer, as PLY, with each vertex's `distance` to the cloud's nearest point.
+
+    Colours and `confidence` are those of the mesh.
+    """
     if len(mesh.faces) > MAX_FACES:
-        mesh = simplify(mesh, MAX_FACES)
+        mesh = attributes_from(mesh, simplify(mesh, MAX_FACES))
     distance, _ = cKDTree(cloud.points).query(mesh.vertices)
-    write_ply(path, mesh.vertices, normals=mesh.normals, faces=mesh.faces, distance=distance)
+    write_ply(
+        path,
+        mesh.vertices,
+        normals=mesh.normals,
+        colors=mesh.colors,
+        faces=mesh.faces,
+        distance=distance,
+        confidence=mesh.confidence,
+    )
 
 
 def write_picture(mesh: TriangleMesh, path: str | os.PathLike[str]) -> None:

@@ -6,7 +6,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 
 import sdfserver
 from sdfserver.assumptions import Assumptions, Mending, measure, mended, warnings_of
+from sdfserver.attributes import colors_of
 from sdfserver.cloud import Frame, PointCloud, drop_strays, validate
 from sdfserver.config import PRESETS, FitConfig, LocalConfig, MeshConfig, NetworkConfig, preset_named
 from sdfserver.device import without_trace
@@ -355,6 +356,7 @@ def mesh_field(
         except NoSurfaceError as error:
             raise error.scaled(1 / field.frame.scale) from None
         triangles = finish_mesh(to_world(surface, field.frame), cloud, config, device=str(field.device))
+        triangles = replace(triangles, colors=colors_of(triangles, cloud, device=str(field.device)))
     with clock.running("measure"):
         accuracy = asdict(cloud_to_mesh(cloud, triangles, max_points=MEASURED_POINTS, device=field.device))
         health = asdict(mesh_health(triangles, device=field.device))
