@@ -1,5 +1,6 @@
 """What is light enough to be looked at: points, coarse and simplified surfaces, pictures."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +79,22 @@ def test_a_small_mesh_is_shown_as_it_is(tmp_path: Path) -> None:
     shown = read_mesh(tmp_path / "preview.ply")
     np.testing.assert_array_equal(shown.faces, mesh.faces)
     assert shown.normals is not None
+
+
+def test_a_preview_keeps_colours_and_confidence_also_where_it_is_simplified(tmp_path: Path) -> None:
+    for mesh in (ball(20), ball(250)):
+        upper = mesh.vertices[:, 2] > 0
+        colors = np.where(upper[:, None], [200, 10, 20], [30, 40, 250]).astype(np.uint8)
+        write_surface(
+            replace(mesh, colors=colors, confidence=upper.astype(np.float32)), sphere(100), tmp_path / "preview.ply"
+        )
+        shown = read_mesh(tmp_path / "preview.ply")
+        for half, color in (
+            (shown.vertices[:, 2] > 0.02, [200, 10, 20]),
+            (shown.vertices[:, 2] < -0.02, [30, 40, 250]),
+        ):
+            np.testing.assert_array_equal(shown.colors[half], np.broadcast_to(color, (half.sum(), 3)))
+        np.testing.assert_array_equal(shown.confidence > 0.5, (shown.colors == [200, 10, 20]).all(axis=1))
 
 
 def plane(offset: float = 0.0) -> Siren:
