@@ -111,6 +111,15 @@ def test_what_is_out_of_range_or_missing_is_no_colour_and_no_reason_to_refuse_a_
         assert cloud.colors is None
 
 
+def test_a_share_that_rounding_has_put_above_one_is_still_a_share(save):
+    full = COLORS.max() <= COLORS
+    shares, wanted = np.where(full, 1.0000001, SHARES), np.where(full, 255, COLORS)
+    for name in ("a.txt", "a.xyz"):
+        rows = rows_of(POINTS, shares)
+        cloud = read_cloud(save(name, (b"x y z r g b\n" if name == "a.txt" else b"") + rows))
+        np.testing.assert_array_equal(cloud.colors, wanted)
+
+
 def test_unnamed_columns_that_are_no_colours_are_not_taken_for_them(save):
     echoes = np.stack([np.arange(60) % 3 + 1, np.full(60, 3), np.arange(60) % 20], axis=1)
     for more in (echoes, COLORS * 300.0, COLORS + 0.25, np.hstack([PTS_LIKE, echoes]), NORMALS):

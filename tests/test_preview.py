@@ -148,6 +148,17 @@ def test_a_picture_shows_the_shape_on_nothing() -> None:
     )
 
 
+def test_a_picture_is_in_the_colours_of_the_mesh() -> None:
+    mesh = ball(40)
+    plain = picture(mesh, up=2)
+    colors = np.where(mesh.vertices[:, 2:] > 0, [255, 0, 0], [0, 0, 255]).astype(np.uint8)
+    image = picture(replace(mesh, colors=colors), up=2).astype(int)
+    np.testing.assert_array_equal(image[..., 3], plain[..., 3])
+    upper, lower = image[PICTURE_PX // 5, PICTURE_PX // 2], image[-PICTURE_PX // 8, PICTURE_PX // 2]
+    assert upper[0] > 80 > 5 > upper[2]
+    assert lower[2] > 80 > 5 > lower[0]
+
+
 @pytest.mark.parametrize("up", [1, 2])
 def test_what_can_stand_stands(up: int) -> None:
     """A cone on its base: narrow above, wherever its file has it point."""

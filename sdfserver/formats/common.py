@@ -95,8 +95,8 @@ def named_columns(names: Sequence[str]) -> Columns:
 def byte_colors(columns: Sequence[NDArray[Any]], *, whole: bool | None = None) -> Colors | None:
     """Red, green and blue (n, 3) from a column (n,) of numbers for each; None where they are no colours.
 
-    Whole numbers count to 255, or to 65535 where one of them is larger: scanners keep 8 bits in 16. Fractions are
-    shares of one where none is larger. Negative, larger or missing values are no colours.
+    Whole numbers count to 255, or to 65535 where one of them is larger: scanners keep 8 bits in 16. Others are shares
+    of one, but for rounding, where none is larger. Negative, larger or missing values are no colours.
 
     whole: whether the numbers are of a whole type; None, the columns' own tells.
     """
@@ -110,8 +110,8 @@ def byte_colors(columns: Sequence[NDArray[Any]], *, whole: bool | None = None) -
     whole = all(column.dtype.kind in "iu" for column in columns) if whole is None else whole
     colors = np.empty((len(columns[0]), 3), np.uint8)
     for i, column in enumerate(columns):
-        if top <= 1 and not whole:
-            colors[:, i] = np.rint(column * 255.0)
+        if top <= _FULL and not whole:
+            colors[:, i] = np.rint(np.minimum(column, 1) * 255.0)
         elif top <= 255:
             colors[:, i] = column if column.dtype.kind in "iu" else np.rint(column)
         else:
@@ -119,7 +119,7 @@ def byte_colors(columns: Sequence[NDArray[Any]], *, whole: bool | None = None) -
     return colors
 
 
-_MOST_COLOR = 65535
+_FULL, _MOST_COLOR = 1.01, 65535
 
 
 def unnamed_columns(table: NDArray[Any]) -> PointCloud:
@@ -160,7 +160,7 @@ def _unnamed_colors(table: NDArray[Any], starts: Sequence[int]) -> Colors | None
             continue
         top = max(column.max() for column in columns)
         whole = top > 1 and all((column == np.floor(column)).all() for column in columns)
-        if _LEAST_TOP <= top <= 255 if whole else 0 < top <= 1:
+        if _LEAST_TOP <= top <= 255 if whole else 0 < top <= _FULL:
             colors = byte_colors(columns)
             if colors is not None:
                 return colors

@@ -34,7 +34,8 @@ def read_glb(data: bytes) -> TriangleMesh:
     _check_scene(data)
     # As colours trimesh keeps 8 bits of light and knows no types; an attribute of one's own it leaves alone.
     end = 20 + int.from_bytes(data[12:16], "little")
-    data = data[:20] + data[20:end].replace(b'"COLOR_0"', f'"{_COLOR}"'.encode()) + data[end:]
+    scene_text = data[20:end].replace(b'"COLOR_0"', f'"{_COLOR}"'.encode())
+    data = b"".join([data[:20], scene_text, memoryview(data)[end:]])
     try:
         scene = trimesh.load_scene(
             io.BytesIO(data), file_type="glb", process=False, maintain_order=True, skip_materials=True

@@ -115,8 +115,8 @@ function bytesOf(values, whole = false) {
     if (!(value >= 0 && value <= 65535)) return null;
     if (value > top) top = value;
   }
-  const scale = top <= 1 && !whole ? 255 : top <= 255 ? 1 : 1 / 256;
-  return Uint8Array.from(values, (value) => (scale < 1 ? Math.floor(value * scale) : Math.round(value * scale)));
+  const scale = top <= 1.01 && !whole ? 255 : top <= 255 ? 1 : 1 / 256;
+  return Uint8Array.from(values, (value) => Math.min(255, scale < 1 ? Math.floor(value * scale) : Math.round(value * scale)));
 }
 
 async function headerOf(blob, end) {
