@@ -208,6 +208,8 @@ def off_surface(data: bytes) -> Surface:
     if not n_vertices:
         raise CloudFormatError("it holds no vertices; export it again")
     width = 6 if head[2] else 3
+    if 2 * width * n_vertices > len(data):  # a digit and a separator for each number
+        raise broken_promise(n_vertices, len(data) // (2 * width), "vertices")
     table: Floats = np.empty((n_vertices, width))
     colors = np.empty((n_vertices, 3), np.float32) if head[1] else None
     done = 0
