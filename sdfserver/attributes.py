@@ -17,7 +17,8 @@ NEAREST = 4
 """Points whose colours are mixed at a vertex."""
 AROUND = 32
 """Points among which those are looked for where some of the nearest lie on another side."""
-_AT_A_TIME = 1 << 18
+_AT_A_TIME = 1 << 16
+"""Vertices that are looked at together: about 100 MB where all of them have to look AROUND."""
 
 
 def colors_of(mesh: TriangleMesh, cloud: PointCloud, device: str = "cpu") -> NDArray[np.uint8] | None:

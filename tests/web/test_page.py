@@ -158,6 +158,12 @@ def tinted(image: np.ndarray) -> set[str]:
     return {name for name, where in (("red", red), ("blue", blue)) if where.mean() > 0.0005}
 
 
+def wait_until_tinted(page: "Page", wanted: set[str]) -> None:
+    end = time.monotonic() + JOB_S
+    while (seen := tinted(picture(page))) != wanted:
+        assert time.monotonic() < end, seen
+
+
 def test_the_colours_of_a_cloud_and_a_confidence_are_shown_where_there_are_any(
     page: "Page", cloud: Path, tmp_path: Path
 ) -> None:
@@ -179,15 +185,15 @@ def test_the_colours_of_a_cloud_and_a_confidence_are_shown_where_there_are_any(
 
     page.set_input_files("#file", tmp_path / "painted.ply")
     page.get_by_text("painted.ply: 500 points").wait_for()
-    assert tinted(picture(page)) == {"red", "blue"}, "the points, before they are uploaded"
+    wait_until_tinted(page, {"red", "blue"})  # the points, before they are uploaded
     page.context.route("**/preview", with_confidence)
     start(page, tmp_path / "painted.ply")
     wait_for_state(page, "succeeded")
     page.get_by_text(re.compile(r"triangles shown$")).wait_for()
     assert page.get_by_role("radio", name="Colours").is_checked(), "they are what one wants to see"
-    assert tinted(picture(page)) == {"red", "blue"}
+    wait_until_tinted(page, {"red", "blue"})
     page.get_by_role("radio", name="Shaded").check(force=True)
-    assert tinted(picture(page)) == set()
+    wait_until_tinted(page, set())
     page.get_by_role("radio", name="Confidence").check(force=True)
     assert page.get_by_text("how far points support the surface").is_visible()
     assert drawn(picture(page)) > 0.05

@@ -257,7 +257,8 @@ function offCloud(text) {
   return cloudOfRows(found, count, { hasNormals: Boolean(head[1]) || faces > 0 });
 }
 
-/** Lines of numbers: x y z, and normals where the next three, or those that a header names, are unit vectors. */
+/** Lines of numbers: x y z, and normals where the next three, or those that a header names, are unit vectors; colours
+ * where a header names them, or where six columns or a PTS have them. */
 function tableCloud(text, file) {
   const lines = text.split("\n");
   const isRow = (line) => line.trim().split(/[\s,;]+/).slice(0, 3).every((word) => word !== "" && Number.isFinite(+word));
@@ -266,12 +267,16 @@ function tableCloud(text, file) {
   const width = lines[first].trim().split(/[\s,;]+/).length;
   const header = lines.slice(0, first).map((line) => line.replace(/[#/"]/g, " ").trim().toLowerCase().split(/[\s,;]+/));
   const named = header.find((words) => words.length === width && POSITION.every((name) => words.includes(name)));
-  const names = named ?? [...POSITION, ...NORMAL[0]].slice(0, width >= 6 ? 6 : 3);
+  const isPts = width === 7 && /\.pts$/i.test(file.name);
+  const names = named ?? (isPts ? [...POSITION, "intensity", ...COLOR[0]] : [...POSITION, ...NORMAL[0]].slice(0, width >= 6 ? 6 : 3));
   const found = columnsOf(lines.slice(first), names);
   const normals = NORMAL.map((names) => interleaved(found, names)).find(Boolean);
   if (normals && !named && !areUnit(normals)) {
-    if (normals.every((value) => value >= 0 && value <= 255)) COLOR[0].forEach((name, i) => (found[name] = found[NORMAL[0][i]]));
-    NORMAL[0].forEach((name) => delete found[name]);
+    const areColors = width === 6 && normals.every((value) => value >= 0 && value <= 255);
+    NORMAL[0].forEach((name, i) => {
+      if (areColors) found[COLOR[0][i]] = found[name];
+      delete found[name];
+    });
   }
   const read = Math.min(file.size, MAX_TEXT_BYTES);
   return cloudOfRows(found, Math.round(((lines.length - first) * file.size) / read) - (text.endsWith("\n") ? 1 : 0));
