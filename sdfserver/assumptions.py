@@ -197,15 +197,15 @@ def mended(cloud: PointCloud, found: Assumptions, *, device: str = "cpu") -> tup
     if found.outliers > MOST_OUTLIERS:
         for _ in range(OUTLIER_ROUNDS):
             odd = _Patch(cloud.points - cloud.points.mean(axis=0), normals_of(cloud), device).outliers()
-            cloud = PointCloud(points=cloud.points[~odd], normals=normals_of(cloud)[~odd])
+            cloud = cloud.take(~odd)
             what = replace(what, outliers=what.outliers + int(odd.sum()))
     if found.normals_inconsistent > MOST_INCONSISTENT:
         agreement = agreement_of(cloud.points, normals_of(cloud), device)
-        cloud = PointCloud(points=cloud.points, normals=normals_of(cloud) * agreement.signs[:, None])
+        cloud = replace(cloud, normals=normals_of(cloud) * agreement.signs[:, None])
         what = replace(what, turned=int((agreement.signs < 0).sum()))
     if found.normals_noisy > MOST_NOISE_DEGREES:
         patch = _Patch(cloud.points - cloud.points.mean(axis=0), normals_of(cloud), device)
-        cloud = PointCloud(points=cloud.points, normals=patch.means(with_itself=True))
+        cloud = replace(cloud, normals=patch.means(with_itself=True))
         what = replace(what, averaged=True)
     return cloud, what
 

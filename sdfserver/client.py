@@ -575,17 +575,15 @@ def _upload(cloud: Any) -> Iterator[tuple[BinaryIO, str]]:
         with open_cloud(cloud) as stream:
             yield stream, Path(cloud).name
         return
-    points, normals = _arrays(cloud)
+    arrays = _arrays(cloud)
     with tempfile.TemporaryFile() as stream:
-        if normals is None:
-            np.savez(stream, points=points)
-        else:
-            np.savez(stream, points=points, normals=normals)
+        np.savez(stream, allow_pickle=False, **arrays)
         stream.flush()
         yield stream, "cloud.npz"
 
 
-def _arrays(cloud: Any) -> "tuple[NDArray[Any], NDArray[Any] | None]":
+def _arrays(cloud: Any) -> "dict[str, NDArray[Any]]":
+    """The arrays of an NPZ, by the names that the server knows."""
     if hasattr(cloud, "points"):
         pair = cloud.points, getattr(cloud, "normals", None)
     else:
@@ -598,7 +596,11 @@ def _arrays(cloud: Any) -> "tuple[NDArray[Any], NDArray[Any] | None]":
         raise CloudError(f"the points have shape {found}; they must be (n, 3), or (n, 6) with normals")
     if normals is not None and normals.shape != points.shape:
         raise CloudError(f"the normals have shape {normals.shape}, the points {points.shape}; both are (n, 3)")
-    return points, normals
+    colors = getattr(cloud, "colors", None)
+    if colors is not None and np.shape(colors) != points.shape:
+        raise CloudError(f"the colours have shape {np.shape(colors)}, the points {points.shape}; both are (n, 3)")
+    known = {"points": points, "normals": normals, "colors": None if colors is None else _numbers(colors)}
+    return {name: array for name, array in known.items() if array is not None}
 
 
 def _numbers(array: Any) -> "NDArray[Any]":

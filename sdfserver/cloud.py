@@ -8,7 +8,8 @@ The order is read, drop_strays, (estimate normals,) validate, Frame.around. What
 coordinates centred on the cloud, so that UTM offsets cost no digits.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,14 +28,24 @@ _NO_NORMALS = "the cloud has no normals; use --normals estimate, or export it wi
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class PointCloud:
-    """Points and their normals.
+    """Points, and what is known of each.
 
     points: (n, 3) float64.
     normals: (n, 3) float64, pointing outward, or None where the file had none.
+    colors: (n, 3) uint8 red, green and blue, encoded as on a screen (sRGB), or None where the file had none.
     """
 
     points: NDArray[np.float64]
     normals: NDArray[np.float64] | None = None
+    colors: NDArray[np.uint8] | None = None
+
+    def take(self, rows: NDArray[Any] | slice) -> "PointCloud":
+        """The points of `rows`, a mask (n,), row numbers or a slice, with all that is known of them."""
+        return PointCloud(
+            points=self.points[rows],
+            normals=None if self.normals is None else self.normals[rows],
+            colors=None if self.colors is None else self.colors[rows],
+        )
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -69,8 +80,9 @@ def validate(
 ) -> PointCloud:
     """The cloud, fit to be reconstructed, or CloudError with what is wrong with it, in one line.
 
-    Points at exactly the same position become one, with the mean of their normals: they carry no more shape than one
-    point, and their zero distances would spoil every estimate of spacing. Normals of any length become unit vectors.
+    Points at exactly the same position become one, with the mean of their normals and of their colours: they carry no
+    more shape than one point, and their zero distances would spoil every estimate of spacing. Normals of any length
+    become unit vectors.
     Planar clouds pass. The result shares the input's arrays where nothing had to change.
 
     require_normals: refuse a cloud without normals, or with normals that carry no orientation.
@@ -83,7 +95,8 @@ def validate(
         raise CloudError(_NO_NORMALS)
     if normals is not None:
         normals = _unit_normals(normals, len(cloud.points))
-    merged = _merge_positions(PointCloud(points=cloud.points, normals=normals))
+    _check_colors(cloud)
+    merged = _merge_positions(replace(cloud, normals=normals))
     if len(merged.points) < MIN_POINTS:
         count = f"{len(merged.points)} different positions among {len(cloud.points)} points"
         raise CloudError(f"the cloud has only {count}; at least {MIN_POINTS} are needed")
@@ -104,7 +117,7 @@ def checked(cloud: PointCloud) -> PointCloud:
         raise CloudError(f"{bad.size} points have NaN or infinite coordinates, {where}; remove them")
     if cloud.normals is None:
         raise CloudError(_NO_NORMALS)
-    return PointCloud(points=cloud.points, normals=_unit_normals(cloud.normals, len(cloud.points)))
+    return replace(cloud, normals=_unit_normals(cloud.normals, len(cloud.points)))
 
 
 def drop_strays(cloud: PointCloud) -> tuple[PointCloud, int]:
@@ -115,10 +128,13 @@ def drop_strays(cloud: PointCloud) -> tuple[PointCloud, int]:
     point than 0.7 of its own distance to the box. A thin part that continues the shape, a second shape or a thinly
     scanned surround are none of that, whatever their distance. Only what makes the cloud's box larger is dropped.
     Only points outside the box are tested, so that a cloud without any costs next to nothing.
-    A cloud with NaN or infinite values is returned as it is: validate refuses it.
+    A cloud with NaN or infinite values, or without a normal or colour for each point, is returned as it is: validate
+    refuses it.
     """
     points = cloud.points
     if points.ndim != 2 or points.shape[1] != 3 or len(points) < MIN_POINTS or not np.isfinite(points).all():
+        return cloud, 0
+    if any(rows is not None and len(rows) != len(points) for rows in (cloud.normals, cloud.colors)):
         return cloud, 0
     middle, diagonal, distance = _outside_middle(points)
     candidates = np.flatnonzero(distance > 0.5 * diagonal)
@@ -133,8 +149,7 @@ def drop_strays(cloud: PointCloud) -> tuple[PointCloud, int]:
     keep |= np.all((points >= low) & (points <= high), axis=1)
     if keep.all():
         return cloud, 0
-    normals = None if cloud.normals is None or len(cloud.normals) != len(points) else cloud.normals[keep]
-    return PointCloud(points=points[keep], normals=normals), int((~keep).sum())
+    return cloud.take(keep), int((~keep).sum())
 
 
 def orientation_disagreement(cloud: PointCloud, device: str = "cpu") -> float:
@@ -211,6 +226,15 @@ def _triple(row: NDArray[np.float64]) -> str:
     return "(" + ", ".join(f"{value:g}" for value in row) + ")"
 
 
+def _check_colors(cloud: PointCloud) -> None:
+    colors = cloud.colors
+    if colors is not None and (colors.shape != cloud.points.shape or colors.dtype != np.uint8):
+        raise CloudError(
+            f"there are {len(cloud.points)} points, but the colours have shape {colors.shape} and type {colors.dtype}; "
+            "give red, green and blue for each as uint8, or leave them out"
+        )
+
+
 def _unit_normals(normals: NDArray[np.float64], n_points: int) -> NDArray[np.float64]:
     if normals.shape != (n_points, 3):
         raise CloudError(f"there are {n_points} points, but the normals have shape {normals.shape}; give one for each")
@@ -233,14 +257,23 @@ def _merge_positions(cloud: PointCloud) -> PointCloud:
     first, position = distinct_rows(cloud.points)
     if len(first) == len(cloud.points):
         return cloud
-    if cloud.normals is None:
-        return PointCloud(points=cloud.points[first])
-    weights = [np.bincount(position, weights=cloud.normals[:, axis], minlength=len(first)) for axis in range(3)]
-    total = np.stack(weights, axis=1)
-    length = np.linalg.norm(total, axis=1, keepdims=True)
-    # Normals that cancel out have no mean; the first stands for them.
-    normals = np.where(length > 1e-6, total / np.maximum(length, 1e-6), cloud.normals[first])
-    return PointCloud(points=cloud.points[first], normals=normals)
+    merged = cloud.take(first)
+
+    def total(rows: NDArray[Any]) -> NDArray[np.float64]:
+        columns = [np.bincount(position, weights=rows[:, axis], minlength=len(first)) for axis in range(3)]
+        return np.stack(columns, axis=1)
+
+    if cloud.normals is not None:
+        summed = total(cloud.normals)
+        length = np.linalg.norm(summed, axis=1, keepdims=True)
+        # Normals that cancel out have no mean; the first stands for them.
+        normals = np.where(length > 1e-6, summed / np.maximum(length, 1e-6), cloud.normals[first])
+        merged = replace(merged, normals=normals)
+    if cloud.colors is not None:
+        counts = np.bincount(position, minlength=len(first))
+        colors = np.rint(total(cloud.colors) / counts[:, None]).astype(np.uint8)
+        merged = replace(merged, colors=colors)
+    return merged
 
 
 def _check_extent(points: NDArray[np.float64]) -> None:

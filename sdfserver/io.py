@@ -22,8 +22,8 @@ from sdfserver.errors import CloudError, CloudFormatError
 from sdfserver.files import MESH_FORMATS as MESH_FORMATS
 from sdfserver.files import known_extension, open_cloud, printable, reason, replacing
 from sdfserver.formats.arrays import read_npy, read_npz
-from sdfserver.formats.common import Floats
-from sdfserver.formats.glb import read_glb, trimesh_package
+from sdfserver.formats.common import Colors, Floats
+from sdfserver.formats.glb import CONFIDENCE, light_of, read_glb, trimesh_package
 from sdfserver.formats.pcd import read_pcd
 from sdfserver.formats.ply import ply_chunks, ply_surface, read_ply
 from sdfserver.formats.scans import read_e57, read_las
@@ -47,8 +47,9 @@ _FLOAT32_LOSS = 1e-6
 
 
 def read_cloud(path: str | os.PathLike[str]) -> PointCloud:
-    """The points of a cloud's file and their normals, as they are; normals is None where the file has none.
+    """The points of a cloud's file, their normals and their colours; normals or colors are None where it has none.
 
+    Coordinates and normals are as the file has them, colours as `formats.common.byte_colors` makes bytes of them.
     Every format of CLOUD_FORMATS; LAS, LAZ and E57 need an extra. Rows of a PCD whose x, y and z are all NaN, and
     points that an E57 marks invalid, are the format's way to say that nothing was measured: they are left out.
 
@@ -89,9 +90,7 @@ def stream_cloud(path: str | os.PathLike[str], rows: int = 1_000_000) -> Iterato
     if chunks is None:
         cloud = read_cloud(path)
         for start in range(0, len(cloud.points), rows):
-            part = slice(start, start + rows)
-            normals = None if cloud.normals is None else cloud.normals[part]
-            yield PointCloud(points=cloud.points[part], normals=normals)
+            yield cloud.take(slice(start, start + rows))
     else:
         yield from chunks
 
@@ -99,8 +98,9 @@ def stream_cloud(path: str | os.PathLike[str], rows: int = 1_000_000) -> Iterato
 def read_mesh(path: str | os.PathLike[str]) -> TriangleMesh:
     """The mesh of a file in one of MESH_FORMATS, vertices in file order and world units; polygons become triangles.
 
-    Normals are those that the file has for all vertices, as long as they are there, or None. STL has three vertices
-    for each triangle. GLB is read through trimesh, alone: what it refers to outside of the file is not looked at.
+    Normals are those that the file has for all vertices, as long as they are there, or None; so are colours, and the
+    confidence of PLY and GLB. STL has three vertices for each triangle. GLB is read through trimesh, alone: what it
+    refers to outside of the file is not looked at.
 
     Raises as read_cloud does.
     """
@@ -123,7 +123,13 @@ def read_mesh(path: str | os.PathLike[str]) -> TriangleMesh:
 
 def _mesh_of(surface: Surface) -> TriangleMesh:
     normals = None if surface.normals is None else surface.normals.astype(np.float32)
-    return TriangleMesh(vertices=surface.points, faces=surface.triangles(), normals=normals)
+    return TriangleMesh(
+        vertices=surface.points,
+        faces=surface.triangles(),
+        normals=normals,
+        colors=surface.colors,
+        confidence=surface.confidence,
+    )
 
 
 def write_mesh(mesh: TriangleMesh, path: str | os.PathLike[str]) -> None:
@@ -133,6 +139,10 @@ def write_mesh(mesh: TriangleMesh, path: str | os.PathLike[str]) -> None:
     obj, with normals, and off, without: text with as many digits as the position needs. glb: float32 with normals;
     far from the origin relative to the node's translation, so that the position is kept. stl: float32 by its
     definition, so that far from the origin it rounds (to 0.5 m at UTM northings); choose another format there.
+
+    Colours, where there are any: ply red, green and blue, bytes; obj behind the coordinates, 0 to 1; off becomes coff;
+    glb as COLOR_0, converted to shares of light, as glTF has them; stl has no room. Confidence, where there is any: ply
+    as the float property `confidence`, glb as the attribute `_CONFIDENCE`.
 
     Raises OutputError where the file cannot be written, MissingDependencyError for glb without trimesh.
     """
@@ -146,17 +156,19 @@ def write_ply(
     points: Floats,
     *,
     normals: NDArray[Any] | None = None,
+    colors: Colors | None = None,
     faces: NDArray[np.int64] | None = None,
-    **values: NDArray[Any],
+    **values: NDArray[Any] | None,
 ) -> None:
     """Write points (n, 3) as binary PLY, with what else is known of them: completely, or not at all.
 
-    normals: (n, 3). faces: (f, 3) rows of `points`. values: float32 columns (n,), by the name of their property.
+    normals: (n, 3). colors: (n, 3) uint8. faces: (f, 3) rows of `points`. values: float32 columns (n,), by the name of
+    their property; those that are None are left out.
 
     Raises OutputError where the file cannot be written.
     """
     with replacing(path) as stream:
-        _ply(stream, points, normals, faces, **values)
+        _ply(stream, points, normals, colors, faces, **values)
 
 
 # Reading
@@ -230,15 +242,16 @@ def _float32_keeps(vertices: Floats) -> bool:
 
 
 def _write_ply(mesh: TriangleMesh, stream: BinaryIO) -> None:
-    _ply(stream, mesh.vertices, mesh.normals, mesh.faces)
+    _ply(stream, mesh.vertices, mesh.normals, mesh.colors, mesh.faces, confidence=mesh.confidence)
 
 
 def _ply(
     stream: BinaryIO,
     points: Floats,
     normals: NDArray[Any] | None,
+    colors: Colors | None,
     corners: NDArray[np.int64] | None,
-    **values: NDArray[Any],
+    **values: NDArray[Any] | None,
 ) -> None:
     real, code = ("float", "<f4") if _float32_keeps(points) else ("double", "<f8")
     columns: dict[str, tuple[str, str, NDArray[Any]]] = {
@@ -246,7 +259,9 @@ def _ply(
     }
     if normals is not None:
         columns |= {name: ("float", "<f4", normals[:, i]) for i, name in enumerate(("nx", "ny", "nz"))}
-    columns |= {name: ("float", "<f4", value) for name, value in values.items()}
+    if colors is not None:
+        columns |= {name: ("uchar", "u1", colors[:, i]) for i, name in enumerate(("red", "green", "blue"))}
+    columns |= {name: ("float", "<f4", value) for name, value in values.items() if value is not None}
     vertices = np.empty(len(points), dtype=np.dtype([(name, code) for name, (_, code, _) in columns.items()]))
     for name, (_, _, column) in columns.items():
         vertices[name] = column
@@ -282,7 +297,11 @@ def _write_rows(stream: BinaryIO, row: str, table: NDArray[Any]) -> None:
 
 def _write_obj(mesh: TriangleMesh, stream: BinaryIO) -> None:
     number = f"%.{_digits(mesh.vertices)}g"
-    _write_rows(stream, f"v {number} {number} {number}\n", mesh.vertices)
+    if mesh.colors is None:
+        _write_rows(stream, f"v {number} {number} {number}\n", mesh.vertices)
+    else:
+        row = f"v {number} {number} {number} %.4g %.4g %.4g\n"
+        _write_rows(stream, row, np.hstack([mesh.vertices, mesh.colors / 255]))
     if mesh.normals is None:
         _write_rows(stream, "f %d %d %d\n", mesh.faces + 1)
         return
@@ -292,8 +311,13 @@ def _write_obj(mesh: TriangleMesh, stream: BinaryIO) -> None:
 
 def _write_off(mesh: TriangleMesh, stream: BinaryIO) -> None:
     number = f"%.{_digits(mesh.vertices)}g"
-    stream.write(f"OFF\n{len(mesh.vertices)} {len(mesh.faces)} 0\n".encode("ascii"))
-    _write_rows(stream, f"{number} {number} {number}\n", mesh.vertices)
+    kind = "OFF" if mesh.colors is None else "COFF"
+    stream.write(f"{kind}\n{len(mesh.vertices)} {len(mesh.faces)} 0\n".encode("ascii"))
+    if mesh.colors is None:
+        _write_rows(stream, f"{number} {number} {number}\n", mesh.vertices)
+    else:
+        row = f"{number} {number} {number} %d %d %d 255\n"
+        _write_rows(stream, row, np.hstack([mesh.vertices, mesh.colors]))
     _write_rows(stream, "3 %d %d %d\n", mesh.faces)
 
 
@@ -319,9 +343,26 @@ def _write_glb(mesh: TriangleMesh, stream: BinaryIO) -> None:
         vertex_normals=None if mesh.normals is None else mesh.normals.astype(np.float64),
         process=False,
     )
+    # trimesh writes colours as bytes, too coarse for light in the dark: they go as an attribute, renamed below.
+    if mesh.colors is not None:
+        body.vertex_attributes[_LIGHT] = light_of(mesh.colors).astype(np.float32)
+    if mesh.confidence is not None:
+        body.vertex_attributes[CONFIDENCE] = mesh.confidence
     scene = trimesh.Scene()
     scene.add_geometry(body, transform=transform, geom_name="surface")
-    stream.write(scene.export(file_type="glb", include_normals=mesh.normals is not None))
+    stream.write(
+        scene.export(file_type="glb", include_normals=mesh.normals is not None, tree_postprocessor=_name_light_as_color)
+    )
+
+
+_LIGHT = "_LIGHT"
+
+
+def _name_light_as_color(tree: dict[str, Any]) -> None:
+    for primitive in (primitive for mesh in tree["meshes"] for primitive in mesh["primitives"]):
+        attributes = primitive["attributes"]
+        if _LIGHT in attributes:
+            attributes["COLOR_0"] = attributes.pop(_LIGHT)
 
 
 _WRITERS: dict[str, Callable[[TriangleMesh, BinaryIO], None]] = {

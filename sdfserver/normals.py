@@ -5,6 +5,7 @@ numpy and scipy: beside Open3D's consistent tangent planes this is as accurate, 
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +39,8 @@ def estimate_normals(
     toward = None if viewpoint is None else np.asarray(viewpoint, dtype=np.float64)
     if toward is not None and (toward.shape != (3,) or not np.isfinite(toward).all()):
         raise ConfigError(f"viewpoint is {viewpoint}; it must be three finite numbers")
-    points = validate(PointCloud(points=cloud.points), require_normals=False).points
+    cloud = validate(replace(cloud, normals=None), require_normals=False)
+    points = cloud.points
     low, high = points.min(axis=0), points.max(axis=0)
     # Far from the origin, and at odd scales, squares would lose the digits that matter.
     unit = (points - (low + high) / 2) / float((high - low).max())
@@ -46,12 +48,12 @@ def estimate_normals(
     normals = _plane_normals(unit, near)
     if toward is not None:
         away = np.einsum("ij,ij->i", normals, toward - points) < 0
-        return PointCloud(points=points, normals=np.where(away[:, None], -normals, normals))
+        return replace(cloud, normals=np.where(away[:, None], -normals, normals))
     normals = normals * consistent_signs(unit, normals, neighbours)[:, None]
     # Few neighbours, so that pieces with a gap between them are turned outward one by one.
     few = min(_PIECE_NEIGHBOURS, near.shape[1] - 1)
     area, piece = distance[:, few] ** 2, _pieces(near[:, 1 : few + 1])
-    return PointCloud(points=points, normals=normals * _outward(unit, normals, area, piece)[piece, None])
+    return replace(cloud, normals=normals * _outward(unit, normals, area, piece)[piece, None])
 
 
 def remove_outliers(cloud: PointCloud, *, neighbours: int = 20, deviations: float = 2.0) -> tuple[PointCloud, int]:
@@ -73,8 +75,7 @@ def remove_outliers(cloud: PointCloud, *, neighbours: int = 20, deviations: floa
     keep = mean <= mean.mean() + deviations * mean.std()
     if keep.all():
         return cloud, 0
-    normals = None if cloud.normals is None else cloud.normals[keep]
-    return PointCloud(points=points[keep], normals=normals), int((~keep).sum())
+    return cloud.take(keep), int((~keep).sum())
 
 
 def prepare(

@@ -12,6 +12,7 @@ from scipy.ndimage import binary_dilation, median_filter
 from scipy.spatial import cKDTree
 from skimage.measure import marching_cubes
 
+from sdfserver.attributes import attributes_from
 from sdfserver.cloud import PointCloud
 from sdfserver.errors import ExtractionError
 from sdfserver.field import SignedDistanceField
@@ -37,7 +38,7 @@ _COLOR = np.array([150.0, 178.0, 212.0])
 def some_points(cloud: PointCloud) -> PointCloud:
     """MAX_POINTS of the cloud's points, spread evenly over their order, or all if they are fewer."""
     rows = np.linspace(0, len(cloud.points) - 1, min(len(cloud.points), MAX_POINTS)).round().astype(np.int64)
-    return PointCloud(points=cloud.points[rows], normals=None if cloud.normals is None else cloud.normals[rows])
+    return cloud.take(rows)
 
 
 def coarse_surface(field: SignedDistanceField, points: NDArray[np.float64]) -> TriangleMesh:
@@ -70,11 +71,22 @@ def coarse_surface(field: SignedDistanceField, points: NDArray[np.float64]) -> T
 
 
 def write_surface(mesh: TriangleMesh, cloud: PointCloud, path: str | os.PathLike[str]) -> None:
-    """Write the mesh with MAX_FACES or fewer, as PLY, with each vertex's `distance` to the cloud's nearest point."""
+    """Write the mesh with MAX_FACES or fewer, as PLY, with each vertex's `distance` to the cloud's nearest point.
+
+    Colours and `confidence` are those of the mesh.
+    """
     if len(mesh.faces) > MAX_FACES:
-        mesh = simplify(mesh, MAX_FACES)
+        mesh = attributes_from(mesh, simplify(mesh, MAX_FACES))
     distance, _ = cKDTree(cloud.points).query(mesh.vertices)
-    write_ply(path, mesh.vertices, normals=mesh.normals, faces=mesh.faces, distance=distance)
+    write_ply(
+        path,
+        mesh.vertices,
+        normals=mesh.normals,
+        colors=mesh.colors,
+        faces=mesh.faces,
+        distance=distance,
+        confidence=mesh.confidence,
+    )
 
 
 def write_picture(mesh: TriangleMesh, path: str | os.PathLike[str]) -> None:
@@ -89,10 +101,12 @@ def picture(mesh: TriangleMesh, px: int = PICTURE_PX, *, up: int | None = None) 
     """The mesh standing, seen from the front, above and a little from the side: (px, px, 4), RGBA.
 
     `up` is the axis that is up, 1 or 2, where that is known; else the mesh tells it. Samples of the surface, the
-    nearest of each pixel, shaded by its normal. Twice as large first, for smooth borders.
+    nearest of each pixel, shaded by its normal, in the mesh's colours where it has them. Twice as large first, for
+    smooth borders.
     """
     size = 2 * px
     points, normals = sample_surface(mesh, _SAMPLES_PER_PIXEL * size**2, np.random.default_rng(0))
+    on_surface = points
     if (axis_up(points, normals) if up is None else up) == 1:
         points, normals = points[:, [0, 2, 1]] * [1, -1, 1], normals[:, [0, 2, 1]] * [1, -1, 1]
     eye, light = _EYE / np.linalg.norm(_EYE), _LIGHT / np.linalg.norm(_LIGHT)
@@ -106,14 +120,22 @@ def picture(mesh: TriangleMesh, px: int = PICTURE_PX, *, up: int | None = None) 
     nearest = np.full(size**2, -np.inf)
     np.maximum.at(nearest, pixel, seen[:, 2])
     front = seen[:, 2] == nearest[pixel]
-    shade = np.zeros(size**2)
+    shade, color = np.zeros(size**2), np.zeros((size**2, 3))
     shade[pixel[front]] = 0.35 + 0.65 * np.clip(normals[front] @ light, 0, 1)
+    color[pixel[front]] = _COLOR if mesh.colors is None else _colors_at(mesh, mesh.colors, on_surface[front])
+    color *= shade[:, None]
     # Where no sample of the front fell, the back shows through: the median takes such specks away.
     shade = median_filter(shade.reshape(size, size), 3)
-    blocks = shade.reshape(px, 2, px, 2).swapaxes(1, 2).reshape(px, px, 4)
-    cover = (blocks > 0).sum(axis=2, keepdims=True)
-    color = _COLOR * blocks.sum(axis=2, keepdims=True) / np.maximum(cover, 1)
-    return np.concatenate([color, 255 / 4 * cover], axis=2).round().astype(np.uint8)
+    color = median_filter(color.reshape(size, size, 3), (3, 3, 1))
+    cover = (shade > 0).reshape(px, 2, px, 2).sum(axis=(1, 3))[..., None]
+    mean = color.reshape(px, 2, px, 2, 3).sum(axis=(1, 3)) / np.maximum(cover, 1)
+    return np.concatenate([mean, 255 / 4 * cover], axis=2).round().astype(np.uint8)
+
+
+def _colors_at(mesh: TriangleMesh, colors: NDArray[np.uint8], points: NDArray[np.float64]) -> NDArray[np.uint8]:
+    """Those (n, 3) of the vertices nearest to points (n, 3)."""
+    nearest: NDArray[np.uint8] = colors[cKDTree(mesh.vertices).query(points)[1]]
+    return nearest
 
 
 def axis_up(points: NDArray[np.float64], normals: NDArray[np.float64]) -> int:

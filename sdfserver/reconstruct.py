@@ -15,6 +15,7 @@ import torch
 
 import sdfserver
 from sdfserver.assumptions import Assumptions, Mending, measure, mended, warnings_of
+from sdfserver.attributes import attributes_from, colors_of
 from sdfserver.cloud import Frame, PointCloud, drop_strays, validate
 from sdfserver.config import PRESETS, FitConfig, LocalConfig, MeshConfig, NetworkConfig, preset_named
 from sdfserver.device import without_trace
@@ -357,7 +358,8 @@ def mesh_field(
                 shaped = _shaped(surface, field, cloud, config)
         except NoSurfaceError as error:
             raise error.scaled(1 / field.frame.scale) from None
-        triangles = finish_mesh(shaped.mesh, cloud, config, device=str(field.device))
+        triangles = finish_mesh(shaped.mesh, cloud, config)
+        triangles = replace(triangles, colors=colors_of(triangles, cloud, device=str(field.device)))
     with clock.running("measure"):
         accuracy = asdict(cloud_to_mesh(cloud, triangles, max_points=MEASURED_POINTS, device=field.device))
         health = asdict(mesh_health(triangles, device=field.device))
@@ -466,16 +468,12 @@ def to_world(surface: ExtractedSurface, frame: Frame) -> TriangleMesh:
     return TriangleMesh(vertices=frame.to_world(surface.vertices_unit), faces=surface.faces, normals=surface.normals)
 
 
-def finish_mesh(mesh: TriangleMesh, cloud: PointCloud, config: MeshConfig, *, device: str = "cpu") -> TriangleMesh:
+def finish_mesh(mesh: TriangleMesh, cloud: PointCloud, config: MeshConfig) -> TriangleMesh:
     """What `config` asks for when it has been decided where the surface ends: trimming, dropped parts, fewer faces."""
     if config.trim_distance_world is not None:
         mesh = trim_to_points(mesh, cloud.points, config.trim_distance_world)
     mesh = drop_small_components(mesh, config.min_component_share)
-    if config.target_faces is not None and len(mesh.faces) > config.target_faces:
-        mesh = simplify(mesh, config.target_faces)
-        support = support_of(mesh, cloud, offset=config.level_world, device=device)
-        mesh = replace(mesh, confidence=support.astype(np.float32))
-    return mesh
+    return mesh if config.target_faces is None else attributes_from(mesh, simplify(mesh, config.target_faces))
 
 
 def fit_section(report: FitReport, frame: Frame) -> dict[str, Any]:

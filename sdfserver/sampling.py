@@ -129,10 +129,10 @@ def draw_samples(
     if n <= SKETCH:
         return sketch_samples(cloud_unit, config, rng, of=n, device=device)
     drawn = sketch_rows(n, rng)
-    sketch = PointCloud(points=points[drawn], normals=normals[drawn])
+    sketch = cloud_unit.take(drawn)
     samples = sketch_samples(sketch, config, rng, of=n, device=device)
     near = Patches(sketch.points, samples.spacing * math.sqrt(len(drawn) / n), rng).mask(points)
-    patches = PointCloud(points=points[near], normals=normals[near])
+    patches = cloud_unit.take(near)
     return replace(
         samples,
         whole_points=_tensor(points).to(device),

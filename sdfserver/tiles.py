@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from sdfserver.assumptions import measure, warnings_of
@@ -87,6 +86,8 @@ def fit_tiles(
     should_stop: Callable[[], bool] | None = None,
 ) -> FittedField:
     """The field of the oriented cloud in the file `path`, as fit_field's; its `cloud` is a sketch of the whole.
+
+    Colours are the sketch's. Of a PLY that is streamed they are read where they are bytes.
 
     `folder` takes the work, and is made where there is none: about 30 bytes for each point. Called again with the same
     file and settings it goes on there; what another call left is refused. `should_stop` is asked before every step.
@@ -216,7 +217,11 @@ def _survey(work: _Folder, path: Path, seed: int, device: torch.device) -> _Surv
             return _Survey(
                 count=int(saved["count"]),
                 strays=int(saved["strays"]),
-                sketch=PointCloud(points=saved["points"], normals=saved["normals"]),
+                sketch=PointCloud(
+                    points=saved["points"],
+                    normals=saved["normals"],
+                    colors=saved.get("colors"),
+                ),
                 frame=Frame(center=saved["center"], scale=float(saved["scale"])),
                 noise=Noise(by_quadrics=float(saved["noise"][0]), by_normals=float(saved["noise"][1])),
             )
@@ -225,7 +230,7 @@ def _survey(work: _Folder, path: Path, seed: int, device: torch.device) -> _Surv
     rows, before, parts = sketch_rows(count, rng), 0, []
     for chunk in map(checked, stream_cloud(path)):
         first, last = np.searchsorted(rows, [before, before + len(chunk.points)])
-        parts.append(_rows_of(chunk, rows[first:last] - before))
+        parts.append(chunk.take(rows[first:last] - before))
         before += len(chunk.points)
     sketch = validate(drop_strays(_joined(parts))[0])
     spacing = spacing_of(sketch.points, device)
@@ -238,9 +243,10 @@ def _survey(work: _Folder, path: Path, seed: int, device: torch.device) -> _Surv
         strays -= len(inside)
         if len(inside):
             corners = [np.minimum(corners[0], inside.min(axis=0)), np.maximum(corners[1], inside.max(axis=0))]
-        near.append(_rows_of(chunk, patches.mask(chunk.points)))
+        near.append(chunk.take(patches.mask(chunk.points)))
     frame = Frame.around(np.stack(corners), margin=spacing)
     survey = _Survey(count=count, strays=strays, sketch=sketch, frame=frame, noise=noise_of(_joined(near), rng, device))
+    colors: dict[str, Any] = {} if sketch.colors is None else {"colors": sketch.colors}
     with replacing(work.path(SURVEY)) as stream:
         np.savez(
             stream,
@@ -251,6 +257,7 @@ def _survey(work: _Folder, path: Path, seed: int, device: torch.device) -> _Surv
             scale=frame.scale,
             points=sketch.points,
             normals=normals_of(sketch),
+            **colors,
         )
     return survey
 
@@ -389,12 +396,12 @@ def _points_of(path: Path, device: torch.device) -> tuple[Tensor, Tensor]:
     return table[:, :3].contiguous(), table[:, 3:].contiguous()
 
 
-def _rows_of(cloud: PointCloud, rows: NDArray[Any]) -> PointCloud:
-    return PointCloud(points=cloud.points[rows], normals=normals_of(cloud)[rows])
-
-
 def _joined(parts: list[PointCloud]) -> PointCloud:
     if not parts:
         raise CloudError("the cloud has no points")
-    points, normals = np.concatenate([part.points for part in parts]), np.concatenate([*map(normals_of, parts)])
-    return PointCloud(points=points, normals=normals)
+    colors = [part.colors for part in parts if part.colors is not None]
+    return PointCloud(
+        points=np.concatenate([part.points for part in parts]),
+        normals=np.concatenate([*map(normals_of, parts)]),
+        colors=np.concatenate(colors) if len(colors) == len(parts) else None,
+    )

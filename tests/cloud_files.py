@@ -11,6 +11,7 @@ RNG = np.random.default_rng(0)
 POINTS = RNG.normal(size=(60, 3))
 NORMALS = POINTS / np.linalg.norm(POINTS, axis=1, keepdims=True)
 BOTH = np.hstack([POINTS, NORMALS])
+COLORS = np.random.default_rng(1).integers(0, 256, (60, 3), dtype=np.uint8)
 ROWS = b"".join(b"%r %r %r %r %r %r\n" % tuple(row) for row in BOTH.tolist())
 UTM = np.array([412345.678, 5512345.678, 123.456])
 
@@ -148,6 +149,81 @@ FILES: dict[str, bytes] = {
     "paired.obj": obj(),
     "normals.off": NOFF,
 }
+
+
+def rows_of(*columns: np.ndarray) -> bytes:
+    """A line for each row of the columns side by side, in as many digits as it takes."""
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    return b"".join(b" ".join(b"%r" % value for part in row for value in part) + b"\n" for row in rows)
+
+
+def colored_ply(kind: str, code: str, colors: np.ndarray) -> bytes:
+    """Points, colours of a type, and normals behind them."""
+    names = [*vertex("double", "x y z"), *vertex(kind, "red green blue")[1:], *vertex("float", "nx ny nz")[1:]]
+    row = np.dtype([("p", "<f8", 3), ("c", code, 3), ("n", "<f4", 3)])
+    table = np.zeros(60, row)
+    table["p"], table["c"], table["n"] = POINTS, colors, NORMALS
+    return ply_header("binary_little_endian", *names) + table.tobytes()
+
+
+def colored_pcd(encoding: str, kind: str) -> bytes:
+    """The PCD above with colours packed into a field of that type, as PCL does."""
+    header = PCD.replace(b"TYPE F F F U", b"TYPE F F F " + kind.encode())
+    wide = COLORS.astype("<u4")
+    bits = wide[:, 0] << 16 | wide[:, 1] << 8 | wide[:, 2]
+    if encoding == "ascii":
+        numbers = bits.view("<f4") if kind == "F" else bits
+        rows = zip(POINTS.tolist(), numbers.tolist(), NORMALS.tolist(), strict=True)
+        return header + b"ascii\n" + b"".join(b"%r %r %r %r %r %r %r\n" % (*p, c, *n) for p, c, n in rows)
+    plain = b"".join(column.tobytes() for column in (*POINTS.T, bits, *NORMALS.T))
+    packed = lzf_packed(plain)
+    if encoding == "binary_compressed":
+        return header + b"binary_compressed\n" + struct.pack("<II", len(packed), len(plain)) + packed
+    rows = zip(POINTS.tolist(), bits.tolist(), NORMALS.tolist(), strict=True)
+    return header + b"binary\n" + b"".join(struct.pack("<3dI3d", *p, c, *n) for p, c, n in rows)
+
+
+SHARES = np.round(COLORS / 255, 6)
+PTS = np.linspace(-2000, 2000, 60).round()[:, None]
+"""Intensities as PTS has them."""
+NAMED = np.zeros(60, [*((name, "f8") for name in "xyz"), *((name, "u1") for name in ("red", "green", "blue"))])
+for _names, _values in (("xyz", POINTS), (("red", "green", "blue"), COLORS)):
+    for _i, _name in enumerate(_names):
+        NAMED[_name] = _values[:, _i]
+
+COLORED: dict[str, bytes] = {
+    "bytes.ply": colored_ply("uchar", "u1", COLORS),
+    "words.ply": colored_ply("ushort", "<u2", COLORS * np.uint16(257)),
+    "bytes_in_words.ply": colored_ply("ushort", "<u2", COLORS),
+    "shares.ply": colored_ply("float", "<f4", SHARES),
+    "floats.ply": colored_ply("double", "<f8", COLORS),
+    "diffuse.ply": colored_ply("uchar", "u1", COLORS).replace(b"uchar ", b"uchar diffuse_"),
+    "text.ply": ply_header("ascii", *vertex("double", "x y z"), *vertex("uchar", "red green blue alpha")[1:])
+    + rows_of(POINTS, COLORS, np.full((60, 1), 255)),
+    "float.pcd": colored_pcd("ascii", "F"),
+    "whole.pcd": colored_pcd("ascii", "U"),
+    "binary.pcd": colored_pcd("binary", "F"),
+    "compressed.pcd": colored_pcd("binary_compressed", "U"),
+    "rgba.pcd": colored_pcd("binary", "U").replace(b" rgb ", b" rgba "),
+    "six.xyz": rows_of(POINTS, COLORS),
+    "shares.xyz": rows_of(POINTS, SHARES),
+    "nine.txt": rows_of(POINTS, COLORS, NORMALS),
+    "behind.txt": rows_of(POINTS, NORMALS, COLORS),
+    "seven.pts": b"60\n" + rows_of(POINTS, PTS, COLORS),
+    "ten.pts": b"60\n" + rows_of(POINTS, PTS, COLORS, NORMALS),
+    "names.csv": b"X,Y,Z,R,G,B,scalar\n" + rows_of(POINTS, COLORS, PTS).replace(b" ", b","),
+    "words.csv": b"x,y,z,nx,ny,nz,red,green,blue\n"
+    + rows_of(POINTS, NORMALS, COLORS * np.uint16(256)).replace(b" ", b","),
+    "colors.npz": npz(points=POINTS, normals=NORMALS, colors=COLORS),
+    "rgba.npz": npz(points=POINTS, rgb=np.hstack([SHARES, np.ones((60, 1))])),
+    "six.npy": npy(np.hstack([POINTS, COLORS])),
+    "named.npy": npy(NAMED),
+    "colors.obj": b"".join(b"v " + line + b"\n" for line in rows_of(POINTS, SHARES).splitlines()) + b"f 1 2 3\n",
+    "bytes.obj": b"".join(b"v " + line + b"\n" for line in rows_of(POINTS, COLORS).splitlines()),
+    "colors.off": b"COFF\n60 1 0\n" + rows_of(POINTS, COLORS, np.full((60, 1), 255)) + b"3 0 1 2\n",
+    "normals.off": b"CNOFF\n60 1 0\n" + rows_of(POINTS, NORMALS, SHARES, np.ones((60, 1))) + b"3 0 1 2\n",
+}
+"""Files that hold POINTS and COLORS, the latter however their format has them; some hold NORMALS."""
 SURFACES = {
     "binary.stl": binary_stl(),
     "text.stl": text_stl(),
@@ -166,7 +242,7 @@ SURFACES = {
 }
 
 
-def las_file(path: Path, points: np.ndarray = POINTS) -> Path:
+def las_file(path: Path, points: np.ndarray = POINTS, colors: np.ndarray | None = None) -> Path:
     laspy = pytest.importorskip("laspy")
     header = laspy.LasHeader(point_format=3, version="1.2")
     header.scales, header.offsets = [1e-4] * 3, np.floor(points.min(axis=0))
@@ -176,6 +252,8 @@ def las_file(path: Path, points: np.ndarray = POINTS) -> Path:
     las.x, las.y, las.z = points.T
     for i, name in enumerate(names):
         las[name] = NORMALS[:, i]
+    if colors is not None:
+        las.red, las.green, las.blue = colors.T
     las.write(str(path))
     return path
 
@@ -210,8 +288,20 @@ def e57_files(folder: Path) -> list[bytes]:
         [*((f"spherical{name}", double, column)
            for name, column in zip(("Range", "Azimuth", "Elevation"), spherical, strict=True)),
          ("intensity", single, radius)],
+        colored_layout(),
     ]  # fmt: skip
     return [e57_file(folder / "whole.e57").read_bytes(), *(e57_of(folder / "layout.e57", one) for one in layouts)]
+
+
+def colored_layout() -> list:
+    """Positions, colours of 8 bits and states."""
+    lib = pytest.importorskip("pye57").libe57
+    cartesian = zip(("cartesianX", "cartesianY", "cartesianZ"), POINTS.T, strict=True)
+    colors = zip(("colorRed", "colorGreen", "colorBlue"), COLORS.T, strict=True)
+    return [
+        *((name, lambda f: lib.FloatNode(f, 0.0, lib.E57_DOUBLE), column) for name, column in cartesian),
+        *((name, lambda f: lib.IntegerNode(f, 0, 0, 255), column) for name, column in colors),
+    ]
 
 
 def e57_of(path: Path, layout: list, count: int = 60) -> bytes:

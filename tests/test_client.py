@@ -394,6 +394,14 @@ def test_arrays_arrive_as_a_cloud(service: Service, api: Client, cloud: Any, nor
     assert read.normals is None if normals is None else np.array_equal(read.normals, normals)
 
 
+def test_colours_arrive_with_a_cloud(service: Service, api: Client) -> None:
+    colors = np.arange(12, dtype=np.uint8).reshape(4, 3)
+    api.submit(PointCloud(points=POINTS, normals=NORMALS.astype(np.float64), colors=colors))
+    assert np.array_equal(read_npz(service.clouds[0][1]).colors, colors)
+    with pytest.raises(CloudError, match=r"colours have shape \(3, 3\)"):
+        api.submit(PointCloud(points=POINTS, colors=colors[:3]))
+
+
 @pytest.mark.parametrize(
     ("cloud", "kind", "said"),
     [

@@ -9,6 +9,7 @@ import pytest
 import torch
 from shapes import bowl, sphere, torus
 
+from sdfserver.attributes import colors_of
 from sdfserver.cloud import Frame, PointCloud
 from sdfserver.config import PRESETS, FitConfig, LocalConfig, MeshConfig, NetworkConfig, PoolConfig
 from sdfserver.descent import Descent, Task
@@ -16,11 +17,12 @@ from sdfserver.extract import extract
 from sdfserver.field import SignedDistanceField
 from sdfserver.fit import FitJob, fit, fit_together
 from sdfserver.local import PartitionOfUnity
+from sdfserver.mesh import TriangleMesh
 from sdfserver.metrics import closest_on_mesh, mesh_health
 from sdfserver.neighbours import BlockedPoints, KdTree
 from sdfserver.reconstruct import reconstruct
 from sdfserver.refine import refine
-from sdfserver.sampling import Samples, draw_samples
+from sdfserver.sampling import Samples, draw_samples, normals_of
 from sdfserver.siren import Siren
 from sdfserver.winding import DipoleTree, point_areas, winding_number
 
@@ -228,3 +230,17 @@ def test_two_processes_share_a_device() -> None:
     for process in processes:
         process.join()
     assert found[0] == pytest.approx(found[1], rel=0.35)
+
+
+def test_colours_of_vertices_are_those_of_the_cpu() -> None:
+    cloud = replace(torus(20_000), colors=np.random.default_rng(0).integers(0, 256, (20_000, 3), dtype=np.uint8))
+    noise = np.random.default_rng(1).normal(0, 0.01, (50_000, 3))
+    around = torus(50_000)
+    mesh = TriangleMesh(
+        vertices=around.points + noise, faces=np.array([[0, 1, 2]]), normals=normals_of(around).astype(np.float32)
+    )
+    there, here = colors_of(mesh, cloud, "cuda"), colors_of(mesh, cloud, "cpu")
+    assert there is not None
+    assert here is not None
+    # Equally near points may come in another order.
+    assert (np.abs(there.astype(int) - here) <= 1).mean() > 0.9999

@@ -291,6 +291,21 @@ def test_lines_of_nothing_but_a_letter_and_lines_of_half_a_million_columns_take_
         assert "characters" in refusal(save(name, start + b"0 " * (MIB // 2)), mib=1)
 
 
+def test_an_off_that_promises_a_vertex_for_each_empty_line_is_refused(save) -> None:
+    lines = 2_000_000
+    assert f"promises {lines} vertices" in refusal(save("a.off", b"CNOFF\n%d 0 0\n" % lines + b"\n" * lines), mib=4)
+
+
+def test_colours_of_a_packed_file_count_for_what_it_becomes(save) -> None:
+    path = save("a.npz", npz(points=np.zeros((100, 3)), colors=np.zeros((100, 3), np.uint8)))
+    assert read_cloud(path).colors is not None
+    many = np.zeros((20_000_000, 3), np.uint8)
+    # With as many points as colours they are looked at, and else left alone.
+    both = save("b.npz", npz(points=many[:2_000_000], colors=many[:2_000_000]))
+    assert f"would expand to {8 * 12_000_000}" in refusal(both, mib=4)
+    assert read_cloud(save("c.npz", npz(points=np.zeros((100, 3)), colors=many))).colors is None
+
+
 @pytest.mark.parametrize("extension", ["ply", "obj", "off"])
 def test_a_mesh_that_refers_to_a_vertex_far_out_is_refused(extension, tmp_path) -> None:
     """What reads such a file by making room for as many vertices takes 32 GiB for it."""

@@ -1,5 +1,6 @@
 """What is light enough to be looked at: points, coarse and simplified surfaces, pictures."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,22 @@ def test_a_small_mesh_is_shown_as_it_is(tmp_path: Path) -> None:
     assert shown.normals is not None
 
 
+def test_a_preview_keeps_colours_and_confidence_also_where_it_is_simplified(tmp_path: Path) -> None:
+    for mesh in (ball(20), ball(250)):
+        upper = mesh.vertices[:, 2] > 0
+        colors = np.where(upper[:, None], [200, 10, 20], [30, 40, 250]).astype(np.uint8)
+        write_surface(
+            replace(mesh, colors=colors, confidence=upper.astype(np.float32)), sphere(100), tmp_path / "preview.ply"
+        )
+        shown = read_mesh(tmp_path / "preview.ply")
+        for half, color in (
+            (shown.vertices[:, 2] > 0.02, [200, 10, 20]),
+            (shown.vertices[:, 2] < -0.02, [30, 40, 250]),
+        ):
+            np.testing.assert_array_equal(shown.colors[half], np.broadcast_to(color, (half.sum(), 3)))
+        np.testing.assert_array_equal(shown.confidence > 0.5, (shown.colors == [200, 10, 20]).all(axis=1))
+
+
 def plane(offset: float = 0.0) -> Siren:
     """phi = sin(z) + offset."""
     siren = Siren(NetworkConfig(hidden=8, layers=1, omega=1.0))
@@ -129,6 +146,17 @@ def test_a_picture_shows_the_shape_on_nothing() -> None:
     assert image[int(0.3 * PICTURE_PX), middle, :3].mean() > image[int(0.9 * PICTURE_PX), middle, :3].mean(), (
         "lit from above"
     )
+
+
+def test_a_picture_is_in_the_colours_of_the_mesh() -> None:
+    mesh = ball(40)
+    plain = picture(mesh, up=2)
+    colors = np.where(mesh.vertices[:, 2:] > 0, [255, 0, 0], [0, 0, 255]).astype(np.uint8)
+    image = picture(replace(mesh, colors=colors), up=2).astype(int)
+    np.testing.assert_array_equal(image[..., 3], plain[..., 3])
+    upper, lower = image[PICTURE_PX // 5, PICTURE_PX // 2], image[-PICTURE_PX // 8, PICTURE_PX // 2]
+    assert upper[0] > 80 > 5 > upper[2]
+    assert lower[2] > 80 > 5 > lower[0]
 
 
 @pytest.mark.parametrize("up", [1, 2])

@@ -193,6 +193,20 @@ def test_a_stray_does_not_shrink_the_shape(cloud: PointCloud, tmp_path: Path) ->
     assert (fitted.report["cloud"]["used"], fitted.report["cloud"]["strays_dropped"]) == (len(cloud.points), 1)
 
 
+def test_the_sketch_of_a_streamed_cloud_keeps_its_colours(cloud: PointCloud, tmp_path: Path) -> None:
+    colors = np.random.default_rng(0).integers(0, 256, (len(cloud.points), 3), dtype=np.uint8)
+    path = tmp_path / "painted.ply"
+    write_ply(path, cloud.points, normals=cloud.normals, colors=colors)
+    settings = {"preset": "small", "seed": 0, "tile_points": TILE}
+    known = {point.tobytes(): color for point, color in zip(read_cloud(path).points, colors, strict=True)}
+    for _ in range(2):  # the second time from the folder
+        work = tiles_module._Folder(tmp_path / "work", path, settings)
+        sketch = tiles_module._survey(work, path, 0, torch.device("cpu")).sketch
+        assert sketch.colors is not None
+        assert len(sketch.points) == 4000
+        assert all((known[p.tobytes()] == c).all() for p, c in zip(sketch.points, sketch.colors, strict=True))
+
+
 @pytest.mark.parametrize("suffix", ["ply", "npz"])
 def test_a_stream_is_the_file_in_parts(cloud: PointCloud, tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"cloud.{suffix}"

@@ -4,6 +4,7 @@ import io
 import math
 import warnings
 import zipfile
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,44 +13,76 @@ from numpy.typing import NDArray
 from sdfserver.cloud import PointCloud
 from sdfserver.errors import CloudFormatError
 from sdfserver.files import printable, reason
-from sdfserver.formats.common import broken_promise, check_expansion, cloud_of, named_columns, quote, unnamed_columns
+from sdfserver.formats.common import (
+    broken_promise,
+    byte_colors,
+    check_expansion,
+    cloud_of,
+    named_columns,
+    quote,
+    unnamed_columns,
+)
 
 _POINT_KEYS = ("points", "xyz", "vertices", "positions", "position", "pos", "coords", "pts")
 _NORMAL_KEYS = ("normals", "normal", "vertex_normals", "n")
+_COLOR_KEYS = ("colors", "colours", "color", "colour", "rgb", "rgba", "vertex_colors")
 
 
 def read_npy(data: bytes) -> PointCloud:
-    """An (n, 3) array of points, (n, 6) with normals, or a structured array with x, y, z."""
+    """An (n, 3) array of points, (n, 6) with normals or colours, or a structured array with x, y, z."""
     stream = io.BytesIO(data)
     header = _read_header(stream)
     return _array_cloud(_read_array(stream, header, len(data), data), "the array")
 
 
 def read_npz(data: bytes) -> PointCloud:
-    """The arrays 'points' and 'normals' of an archive, or its only array."""
+    """The arrays 'points', 'normals' and 'colors' of an archive, or its only array.
+
+    Colours are (n, 3) or (n, 4); an array of another shape or type under that name is not looked at.
+    """
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             members = {info.filename.removesuffix(".npy").lower(): info for info in archive.infolist()}
             points_key, normals_key = _npz_keys(list(members))
-            used = [members[key] for key in (points_key, normals_key) if key is not None]
-            _check_packing(archive, used, len(data))
-            arrays = []
-            for info in used:
+            colors_key = _colors_key(archive, members, members[points_key])
+            used = {key: members[key] for key in (points_key, normals_key, colors_key) if key is not None}
+            _check_packing(archive, list(used.values()), len(data))
+            arrays = {}
+            for key, info in used.items():
                 with archive.open(info) as stream:
-                    arrays.append(_read_array(stream, _read_header(stream), info.file_size))
+                    arrays[key] = _read_array(stream, _read_header(stream), info.file_size)
     except CloudFormatError:
         raise
     except Exception as error:  # noqa: BLE001 - zipfile raises a dozen kinds on a damaged archive
         raise CloudFormatError(f"it is not a sound NPZ archive ({reason(error)}); save it again") from None
-    cloud = _array_cloud(arrays[0], f"the array '{printable(points_key)}'")
-    if len(arrays) == 1:
+    cloud = _array_cloud(arrays[points_key], f"the array '{printable(points_key)}'")
+    if colors_key is not None:
+        cloud = replace(cloud, colors=byte_colors([*arrays[colors_key].T[:3]]))
+    if normals_key is None:
         return cloud
-    normals = _numbers(arrays[1], f"the array '{printable(str(normals_key))}'")
+    normals = _numbers(arrays[normals_key], f"the array '{printable(normals_key)}'")
     if normals.ndim != 2 or normals.shape[1] != 3 or len(normals) != len(cloud.points):
         raise CloudFormatError(
             f"its normals have shape {normals.shape}, its points {cloud.points.shape}; both are (n, 3)"
         )
-    return cloud_of(cloud.points, normals)
+    return cloud_of(cloud.points, normals, cloud.colors)
+
+
+def _colors_key(archive: zipfile.ZipFile, members: dict[str, zipfile.ZipInfo], points: zipfile.ZipInfo) -> str | None:
+    """The array of colours, where there is one with a row of numbers for each point."""
+    key = next((key for key in _COLOR_KEYS if key in members), None)
+    if key is None or members[key] is points:
+        return None
+    shapes = []
+    for info in (points, members[key]):
+        try:
+            with archive.open(info) as stream:
+                shape, _, dtype = _read_header(stream)
+        except CloudFormatError:
+            return None  # of the points it is said later
+        shapes.append(shape)
+    fits = len(shape) == 2 and shape[1] in (3, 4) and shape[:1] == shapes[0][:1] and dtype.kind in "fiu"
+    return key if fits else None
 
 
 def _check_packing(archive: zipfile.ZipFile, used: list[zipfile.ZipInfo], packed: int) -> None:
@@ -129,12 +162,14 @@ def _numbers(array: NDArray[Any], what: str) -> NDArray[Any]:
 
 def _array_cloud(array: NDArray[Any], what: str) -> PointCloud:
     if array.dtype.names and array.ndim == 1:
-        points, normals = named_columns(array.dtype.names)
-        columns = [_numbers(array[array.dtype.names[i]], what) for i in points + (normals or [])]
+        found = named_columns(array.dtype.names)
+        columns = [_numbers(array[array.dtype.names[i]], what) for i in found.shape]
         if any(column.ndim != 1 for column in columns):
             raise CloudFormatError(f"{what} has fields that are not single numbers; save it as (n, 3) or (n, 6)")
         table = np.stack(columns, axis=1).astype(np.float64)
-        return cloud_of(table[:, :3], table[:, 3:] if normals else None)
+        colors = [array[array.dtype.names[i]] for i in found.colors or []]
+        usable = colors and all(column.ndim == 1 for column in colors)
+        return cloud_of(table[:, :3], table[:, 3:] if found.normals else None, byte_colors(colors) if usable else None)
     if array.ndim != 2 or array.shape[1] < 3:
         raise CloudFormatError(f"{what} has shape {array.shape}; points are (n, 3), with normals (n, 6)")
     return unnamed_columns(_numbers(array, what))

@@ -5,10 +5,11 @@ import json
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sdfserver.errors import CloudFormatError, MissingDependencyError
 from sdfserver.files import reason
-from sdfserver.formats.common import broken_promise, quote
+from sdfserver.formats.common import Colors, broken_promise, quote
 from sdfserver.mesh import TriangleMesh
 
 _DEPTH = 64
@@ -25,9 +26,16 @@ def trimesh_package() -> Any:
 
 
 def read_glb(data: bytes) -> TriangleMesh:
-    """All meshes of the scene together, each where its nodes put it."""
+    """All meshes of the scene together, each where its nodes put it.
+
+    Normals, colours and confidence where all of them have them.
+    """
     trimesh = trimesh_package()
     _check_scene(data)
+    # As colours trimesh keeps 8 bits of light and knows no types; an attribute of one's own it leaves alone.
+    end = 20 + int.from_bytes(data[12:16], "little")
+    scene_text = data[20:end].replace(b'"COLOR_0"', f'"{_COLOR}"'.encode())
+    data = b"".join([data[:20], scene_text, memoryview(data)[end:]])
     try:
         scene = trimesh.load_scene(
             io.BytesIO(data), file_type="glb", process=False, maintain_order=True, skip_materials=True
@@ -41,6 +49,8 @@ def read_glb(data: bytes) -> TriangleMesh:
 
 def _joined(scene: Any) -> TriangleMesh:
     vertices, faces, normals = [np.empty((0, 3))], [np.empty((0, 3), np.int64)], [np.empty((0, 3), np.float32)]
+    colors: list[Colors] = []
+    confidence: list[NDArray[np.float32]] = []
     for node in scene.graph.nodes_geometry:
         transform, name = scene.graph[node]
         mesh = scene.geometry[name]
@@ -53,9 +63,58 @@ def _joined(scene: Any) -> TriangleMesh:
         vertices.append(np.asarray(mesh.vertices) @ transform[:3, :3].T + transform[:3, 3])
         if "vertex_normals" in mesh._cache:  # asking the mesh itself would compute them
             normals.append(np.asarray(mesh.vertex_normals @ transform[:3, :3].T, dtype=np.float32))
-    all_normals, points = np.concatenate(normals), np.concatenate(vertices)
-    complete = 0 < len(points) == len(all_normals)
-    return TriangleMesh(vertices=points, faces=np.concatenate(faces), normals=all_normals if complete else None)
+        light, shares = (_attribute(mesh, name, width) for name, width in ((_COLOR, 3), (CONFIDENCE, 1)))
+        if light is not None:
+            colors.append(screen_colors(light))
+        if shares is not None:
+            confidence.append(shares[:, 0].astype(np.float32))
+    points = np.concatenate(vertices)
+
+    def complete(parts: list[Any]) -> Any:
+        return np.concatenate(parts) if 0 < len(points) == sum(map(len, parts)) else None
+
+    return TriangleMesh(
+        vertices=points,
+        faces=np.concatenate(faces),
+        normals=complete(normals),
+        colors=complete(colors),
+        confidence=complete(confidence),
+    )
+
+
+CONFIDENCE = "_CONFIDENCE"
+_COLOR = "_COLOR0"
+"""What COLOR_0 is called while trimesh has it: as long as the name that it stands for."""
+
+
+def _attribute(mesh: Any, name: str, width: int) -> NDArray[np.float64] | None:
+    """The first `width` columns of an attribute of the vertices, as shares of one; None where it is no such thing."""
+    values = mesh.vertex_attributes.get(name)
+    if values is None:
+        return None
+    values = np.asarray(values)
+    values = values[:, None] if values.ndim == 1 else values
+    fits = values.ndim == 2 and values.shape[1] >= width and len(values) == len(mesh.vertices)
+    if not fits or values.dtype.kind not in "fu":
+        return None
+    whole = np.iinfo(values.dtype).max if values.dtype.kind == "u" else 1
+    shares: NDArray[np.float64] = values[:, :width] / np.float64(whole)
+    return shares if ((shares >= 0) & (shares <= 1)).all() else None
+
+
+def screen_colors(light: NDArray[np.float64]) -> Colors:
+    """Bytes (n, 3) as screens take them (sRGB, IEC 61966-2-1) for shares of light (n, 3), which glTF holds."""
+    encoded = np.where(light <= 0.0031308, 12.92 * light, 1.055 * np.maximum(light, 0.0031308) ** (1 / 2.4) - 0.055)
+    colors: Colors = np.rint(255 * encoded).astype(np.uint8)
+    return colors
+
+
+def light_of(colors: Colors) -> NDArray[np.float64]:
+    """Shares of light (n, 3) for bytes as screens take them: the inverse of `screen_colors`."""
+    share = np.arange(256) / 255
+    table = np.where(share <= 0.04045, share / 12.92, ((share + 0.055) / 1.055) ** 2.4)
+    light: NDArray[np.float64] = table[colors]
+    return light
 
 
 _COMPONENTS = {5120: 1, 5121: 1, 5122: 2, 5123: 2, 5125: 4, 5126: 4}

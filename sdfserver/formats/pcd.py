@@ -1,6 +1,7 @@
 """PCD, the Point Cloud Library's format, in its three encodings."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +10,8 @@ from numpy.typing import NDArray
 
 from sdfserver.cloud import PointCloud
 from sdfserver.errors import CloudFormatError
-from sdfserver.formats.common import Floats, broken_promise, cloud_of, named_columns, quote, whole_number
-from sdfserver.formats.text import number_table, plain_text
+from sdfserver.formats.common import Colors, broken_promise, byte_colors, cloud_of, named_columns, quote, whole_number
+from sdfserver.formats.text import number_tables, plain_text
 
 _MAX_HEADER = 1 << 20
 
@@ -27,18 +28,48 @@ class _PcdHeader:
 
 
 def read_pcd(data: bytes) -> PointCloud:
-    """Points, and normals from normal_x, normal_y, normal_z; rows without any coordinate were not measured."""
+    """Points, normals from normal_x, normal_y, normal_z, and colours from rgb or rgba, or from columns of their own.
+
+    Rows without any coordinate were not measured.
+    """
     header, offset = _pcd_header(data)
-    points_at, normals_at = named_columns(header.names)
-    wanted = points_at + (normals_at or [])
+    found = named_columns(header.names)
+    wanted = found.shape
     if any(header.counts[i] != 1 for i in wanted):
         raise CloudFormatError("its header gives a coordinate a COUNT other than 1; export the cloud again")
-    columns = {"ascii": _pcd_ascii, "binary": _pcd_binary, "binary_compressed": _pcd_compressed}[header.encoding]
-    table = columns(data, offset, header, wanted)
-    measured = ~np.isnan(table[:, :3]).all(axis=1)
-    if not measured.all():
-        table = table[measured]
-    return cloud_of(table[:, :3], table[:, 3:] if normals_at else None)
+    packed = _packed_color(header)
+    colors_at = found.colors if packed is None else [packed]
+    if any(header.counts[i] != 1 for i in colors_at or []):
+        colors_at = None
+    read = {"ascii": _pcd_ascii, "binary": _pcd_binary, "binary_compressed": _pcd_compressed}[header.encoding]
+    columns, more = read(data, offset, header, wanted, colors_at or [])
+    cloud = cloud_of(
+        np.stack(columns[:3], axis=1, dtype=np.float64, casting="unsafe"),
+        np.stack(columns[3:], axis=1, dtype=np.float64, casting="unsafe") if found.normals else None,
+        None if not more else byte_colors(more) if packed is None else _unpacked_color(more[0], header.dtypes[packed]),
+    )
+    measured = np.flatnonzero(~np.isnan(cloud.points).all(axis=1))
+    return cloud if len(measured) == len(cloud.points) else cloud.take(measured)
+
+
+def _packed_color(header: _PcdHeader) -> int | None:
+    """The field whose 32 bits hold 8 for each of red, green and blue, below 8 that are of no use here."""
+    names = [name.lower() for name in header.names]
+    fields = [names.index(name) for name in ("rgb", "rgba") if name in names]
+    return next((i for i in fields if header.dtypes[i].itemsize == 4), None)
+
+
+def _unpacked_color(column: NDArray[Any], declared: np.dtype[Any]) -> Colors:
+    """Colours from the field as it lies in a binary file, or as numbers of text, which stand for the declared type."""
+    if column.dtype != declared:
+        number = np.nan_to_num(column, nan=0.0, posinf=0.0, neginf=0.0)
+        limits = None if declared.kind == "f" else np.iinfo(declared)
+        column = number.astype(declared) if limits is None else number.clip(limits.min, limits.max).astype(declared)
+    bits = np.ascontiguousarray(column).view("<u4")
+    colors = np.empty((len(bits), 3), np.uint8)
+    for i, shift in enumerate((16, 8, 0)):
+        colors[:, i] = bits >> np.uint32(shift) & np.uint32(255)
+    return colors
 
 
 def _pcd_header(data: bytes) -> tuple[_PcdHeader, int]:
@@ -76,31 +107,41 @@ def _pcd_header(data: bytes) -> tuple[_PcdHeader, int]:
     return _PcdHeader(names=names, dtypes=dtypes, counts=counts, points=points, encoding=encoding), end.end()
 
 
-def _pcd_ascii(data: bytes, offset: int, header: _PcdHeader, wanted: list[int]) -> Floats:
+_Found = tuple[Sequence[NDArray[Any]], Sequence[NDArray[Any]]]
+"""The columns that are wanted, and more of them, or none of those where a row lacks one."""
+
+
+def _pcd_ascii(data: bytes, offset: int, header: _PcdHeader, wanted: list[int], more: list[int]) -> _Found:
     body = plain_text(data[offset:])
     if not body.strip() or header.points > len(body):
         raise broken_promise(header.points, body.count(b"\n"), "points")
     starts = np.cumsum([0, *header.counts])
-    table = number_table(body, columns=[int(starts[i]) for i in wanted], first_line=data.count(b"\n", 0, offset) + 1)
+    table, others = number_tables(
+        body,
+        [int(starts[i]) for i in wanted],
+        [int(starts[i]) for i in more],
+        first_line=data.count(b"\n", 0, offset) + 1,
+    )
     if len(table) != header.points:
         raise broken_promise(header.points, len(table), "points")
-    return table
+    return list(table.T), [] if others is None else list(others.T)
 
 
-def _pcd_binary(data: bytes, offset: int, header: _PcdHeader, wanted: list[int]) -> Floats:
+def _pcd_binary(data: bytes, offset: int, header: _PcdHeader, wanted: list[int], more: list[int]) -> _Found:
     widths = [dtype.itemsize * count for dtype, count in zip(header.dtypes, header.counts, strict=True)]
     row, starts = sum(widths), np.cumsum([0, *widths])
     room = (len(data) - offset) // max(row, 1)
     if header.points > room or row > len(data):
         raise broken_promise(max(header.points, 1), room, "points")
-    fields = {f"{i}": (header.dtypes[column], int(starts[column])) for i, column in enumerate(wanted)}
+    fields = {f"{i}": (header.dtypes[column], int(starts[column])) for i, column in enumerate(wanted + more)}
     dtype = np.dtype({"names": [*fields], "formats": [f[0] for f in fields.values()],
                       "offsets": [f[1] for f in fields.values()], "itemsize": row})  # fmt: skip
     table = np.frombuffer(data, dtype=dtype, count=header.points, offset=offset)
-    return _table([table[name] for name in fields])
+    columns = [table[name] for name in fields]
+    return columns[: len(wanted)], columns[len(wanted) :]
 
 
-def _pcd_compressed(data: bytes, offset: int, header: _PcdHeader, wanted: list[int]) -> Floats:
+def _pcd_compressed(data: bytes, offset: int, header: _PcdHeader, wanted: list[int], more: list[int]) -> _Found:
     """One field after another, compressed with LZF."""
     widths = [dtype.itemsize * count for dtype, count in zip(header.dtypes, header.counts, strict=True)]
     packed, size = (int.from_bytes(data[offset + i : offset + i + 4], "little") for i in (0, 4))
@@ -110,15 +151,10 @@ def _pcd_compressed(data: bytes, offset: int, header: _PcdHeader, wanted: list[i
         raise broken_promise(packed, max(len(data) - offset - 8, 0), "compressed bytes")
     unpacked = _lzf_unpacked(data[offset + 8 : offset + 8 + packed], size)
     starts = np.cumsum([0, *widths]) * header.points
-    columns = [np.frombuffer(unpacked, header.dtypes[i], count=header.points, offset=int(starts[i])) for i in wanted]
-    return _table(columns)
-
-
-def _table(columns: list[NDArray[Any]]) -> Floats:
-    table = np.empty((len(columns[0]), len(columns)))
-    for i, column in enumerate(columns):
-        table[:, i] = column
-    return table
+    columns = [
+        np.frombuffer(unpacked, header.dtypes[i], count=header.points, offset=int(starts[i])) for i in wanted + more
+    ]
+    return columns[: len(wanted)], columns[len(wanted) :]
 
 
 def _lzf_unpacked(data: bytes, size: int) -> bytes:

@@ -3,7 +3,7 @@
 import io
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,7 +15,17 @@ from numpy.typing import NDArray
 from sdfserver.cloud import PointCloud
 from sdfserver.errors import CloudFormatError
 from sdfserver.files import printable
-from sdfserver.formats.common import Floats, Ints, broken_promise, cloud_of, named_columns, quote, whole_number
+from sdfserver.formats.common import (
+    Colors,
+    Floats,
+    Ints,
+    broken_promise,
+    byte_colors,
+    cloud_of,
+    named_columns,
+    quote,
+    whole_number,
+)
 from sdfserver.formats.surfaces import (
     ROWS_AT_A_TIME,
     Polygons,
@@ -79,15 +89,18 @@ class _Rows:
 
 
 def read_ply(data: bytes) -> PointCloud:
-    """Vertices with nx, ny, nz; of a surface without them, with the normals of its faces."""
+    """Vertices with nx, ny, nz; of a surface without them, with the normals of its faces.
+
+    Colours come from red, green and blue, whole numbers or shares of one, as byte_colors tells them apart.
+    """
     surface = _ply_surface(data, always_faces=False)
     if surface.normals is None and surface.polygons.sizes.size:
         return surface_cloud(surface)
-    return cloud_of(surface.points, surface.normals)
+    return cloud_of(surface.points, surface.normals, surface.colors)
 
 
 def ply_surface(data: bytes) -> Surface:
-    """Vertices, their nx, ny, nz where there are any, and the faces."""
+    """Vertices, their nx, ny, nz, colours and confidence where there are any, and the faces."""
     return _ply_surface(data, always_faces=True)
 
 
@@ -99,15 +112,36 @@ def _ply_surface(data: bytes, *, always_faces: bool) -> Surface:
         raise CloudFormatError("its header has no 'element vertex'; export the cloud with its points as vertices")
     vertex, face = kinds.index("vertex"), kinds.index("face") if "face" in kinds else -1
     scalars = [item.name for item in elements[vertex].properties if not item.count_type]
-    points_at, normals_at = named_columns(scalars)
-    corners = "" if face < 0 or (normals_at and not always_faces) else _corner_list(elements[face])
+    found = named_columns(scalars)
+    corners = "" if face < 0 or (found.normals and not always_faces) else _corner_list(elements[face])
     last = max(vertex, face) if corners else vertex  # what comes after is not looked at
     rows = _ply_rows(data, offset, encoding, elements[: last + 1])
+
+    def columns(at: list[int]) -> list[NDArray[Any]]:
+        return [rows[vertex].numbers[scalars[i]] for i in at]
+
+    confidence = rows[vertex].numbers.get("confidence") if always_faces else None
     return Surface(
-        points=_as_columns([rows[vertex].numbers[scalars[i]] for i in points_at]),
+        points=_as_columns(columns(found.points)),
         polygons=rows[face].lists[corners] if corners else polygons_of([], []),
-        normals=_as_columns([rows[vertex].numbers[scalars[i]] for i in normals_at]) if normals_at else None,
+        normals=_as_columns(columns(found.normals)) if found.normals else None,
+        colors=_colors(elements[vertex], scalars, found.colors, columns) if found.colors else None,
+        confidence=None if confidence is None else _shares(confidence),
     )
+
+
+def _colors(
+    vertex: _Element, scalars: list[str], at: list[int], columns: Callable[[list[int]], list[NDArray[Any]]]
+) -> Colors | None:
+    types = {item.name: item.type for item in vertex.properties}
+    return byte_colors(columns(at), whole=all(types[scalars[i]][0] in "iu" for i in at))
+
+
+def _shares(column: NDArray[Any]) -> NDArray[np.float32] | None:
+    """The numbers (n,), or None where they are not all from 0 to 1: then they mean something else."""
+    if not len(column) or not (column.min() >= 0 and column.max() <= 1):
+        return None
+    return np.array(column, np.float32)
 
 
 def _as_columns(columns: list[NDArray[Any]]) -> Floats:
@@ -394,7 +428,8 @@ def _cut(element: _Element) -> CloudFormatError:
 def ply_chunks(path: Path, rows: int) -> Iterator[PointCloud] | None:
     """The vertices of a binary PLY and their normals, `rows` at a time, read as they are asked for.
 
-    None where the file has to be read as a whole: text, lists among the vertices, or anything before them.
+    None where the file has to be read as a whole: text, lists among the vertices, or anything before them. Colours that
+    are bytes come along; of others only the whole file would tell the scale.
     """
     with path.open("rb") as stream:
         head = stream.read(_MAX_HEADER)
@@ -403,8 +438,9 @@ def ply_chunks(path: Path, rows: int) -> Iterator[PointCloud] | None:
     if encoding == "ascii" or vertex is None or vertex.name != "vertex" or vertex.has_lists() or not vertex.count:
         return None
     scalars = [item.name for item in vertex.properties]
-    points_at, normals_at = named_columns(scalars)
+    found = named_columns(scalars)
     row = np.dtype([(item.name, encoding + item.type) for item in vertex.properties])
+    colors_at = found.colors if found.colors and all(row[i] == np.uint8 for i in found.colors) else None
     room = (path.stat().st_size - offset) // row.itemsize
     if room < vertex.count:
         raise broken_promise(vertex.count, room, "'vertex' rows")
@@ -413,8 +449,8 @@ def ply_chunks(path: Path, rows: int) -> Iterator[PointCloud] | None:
         for start in range(0, vertex.count, rows):
             count = min(rows, vertex.count - start)
             part = np.fromfile(path, row, count, offset=offset + start * row.itemsize)
-            points = _as_columns([part[scalars[i]] for i in points_at])
-            normals = _as_columns([part[scalars[i]] for i in normals_at]) if normals_at else None
-            yield cloud_of(points, normals)
+            points = _as_columns([part[scalars[i]] for i in found.points])
+            normals = _as_columns([part[scalars[i]] for i in found.normals]) if found.normals else None
+            yield cloud_of(points, normals, byte_colors([part[scalars[i]] for i in colors_at]) if colors_at else None)
 
     return chunks()

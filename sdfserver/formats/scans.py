@@ -7,11 +7,22 @@ from typing import Any
 from xml.parsers import expat
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sdfserver.cloud import PointCloud
 from sdfserver.errors import CloudFormatError, MissingDependencyError
 from sdfserver.files import reason
-from sdfserver.formats.common import Floats, broken_promise, check_expansion, cloud_of, named_columns, quote
+from sdfserver.formats.common import (
+    Colors,
+    Columns,
+    Floats,
+    broken_promise,
+    byte_colors,
+    check_expansion,
+    cloud_of,
+    named_columns,
+    quote,
+)
 
 _CHUNK_BYTES = 1 << 24
 """What is unpacked at a time."""
@@ -27,7 +38,10 @@ def _is_stop(error: BaseException) -> bool:
 
 
 def read_las(data: bytes) -> PointCloud:
-    """Scaled coordinates, and normals from extra dimensions named NormalX, NormalY, NormalZ."""
+    """Scaled coordinates, normals from extra dimensions named NormalX, NormalY, NormalZ, and colours.
+
+    Colours that are zero everywhere were never filled in. Others are of 8 bits where none is larger, else of 16.
+    """
     try:
         import laspy
     except ImportError:
@@ -43,17 +57,21 @@ def read_las(data: bytes) -> PointCloud:
         backend = laspy.LazBackend.Lazrs
         with laspy.open(io.BytesIO(data), laz_backend=backend, read_evlrs=False) as reader:
             promised, width = int(reader.header.point_count), int(reader.header.point_format.size)
-            _, normals = named_columns(["x", "y", "z", *reader.header.point_format.dimension_names])
+            found = named_columns(["x", "y", "z", *reader.header.point_format.dimension_names])
+            colored = reader.header.point_format.id in _LAS_COLORED
+            held = 8 * len(found.shape) + (6 if colored else 0)
             if packed:
-                check_expansion(len(data), promised * max(width, 48 if normals else 24))
+                check_expansion(len(data), promised * max(width, held))
                 _check_laz_chunks(data, promised)
             else:
                 room = (len(data) - int(reader.header.offset_to_point_data)) // width
                 if promised > room:
                     raise broken_promise(promised, room, "points")
-            table, done = np.empty((promised, 6 if normals else 3)), 0
+            table, done = np.empty((promised, len(found.shape))), 0
+            colors = np.empty((promised, 3), np.uint16) if colored else None
             for chunk in reader.chunk_iterator(max(_CHUNK_BYTES // width, 1)):
-                _las_columns(chunk, table[done : done + len(chunk)])
+                rows = slice(done, done + len(chunk))
+                _las_columns(chunk, found, table[rows], None if colors is None else colors[rows])
                 done += len(chunk)
     except CloudFormatError:
         raise
@@ -63,7 +81,12 @@ def read_las(data: bytes) -> PointCloud:
         raise CloudFormatError(f"it is not a sound LAS or LAZ file ({reason(error)}); export it again") from None
     if done != promised:
         raise broken_promise(promised, done, "points")
-    return cloud_of(table[:, :3], table[:, 3:] if normals else None)
+    return cloud_of(table[:, :3], table[:, 3:] if found.normals else None, _filled_in(colors))
+
+
+def _filled_in(colors: NDArray[Any] | None) -> Colors | None:
+    """The colours (n, 3) of a scan, where one of them is not black."""
+    return byte_colors([*colors.T]) if colors is not None and colors.any() else None
 
 
 def _integer(data: bytes, at: int, size: int) -> int:
@@ -81,6 +104,8 @@ def _check_las_records(data: bytes) -> None:
 
 _LAS_HEADER, _LAS_RECORD = 227, 54
 """Bytes of the shortest header, and of a record's own header."""
+_LAS_COLORED = (2, 3, 5, 7, 8, 10)
+"""The point formats that have room for colours."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,19 +180,22 @@ def _check_laz_chunks(data: bytes, promised: int) -> None:
         raise broken_promise(promised, there, "points")
 
 
-def _las_columns(chunk: Any, table: Floats) -> None:
-    """Coordinates, and normals where the table has room for them, into the rows of `table`."""
+def _las_columns(chunk: Any, found: Columns, table: Floats, colors: NDArray[np.uint16] | None) -> None:
+    """Coordinates, and normals where there are any, into the rows of `table`; colours into those of `colors`."""
     names = list(chunk.point_format.dimension_names)
-    _, normals = named_columns(["x", "y", "z", *names])
-    for column, values in enumerate([chunk.x, chunk.y, chunk.z, *(chunk[names[i - 3]] for i in normals or [])]):
+    for column, values in enumerate([chunk.x, chunk.y, chunk.z, *(chunk[names[i - 3]] for i in found.normals or [])]):
         table[:, column] = np.asarray(values)
+    if colors is not None:
+        for column, name in enumerate(("red", "green", "blue")):
+            colors[:, column] = np.asarray(chunk[name])
 
 
 _E57_NORMALS = ("nor:normalX", "nor:normalY", "nor:normalZ")
+_E57_COLORS = ("colorRed", "colorGreen", "colorBlue")
 
 
 def read_e57(data: bytes, path: Path) -> PointCloud:
-    """All scans together, each in its pose; normals where every scan has them."""
+    """All scans together, each in its pose; normals and colours where every scan has them."""
     try:
         import pye57
     except ImportError:
@@ -187,9 +215,11 @@ def read_e57(data: bytes, path: Path) -> PointCloud:
     if len(scans) == 1:
         return scans[0]
     normals = [scan.normals for scan in scans if scan.normals is not None]
+    colors = [scan.colors for scan in scans if scan.colors is not None]
     return cloud_of(
         np.concatenate([scan.points for scan in scans]),
         np.concatenate(normals) if len(normals) == len(scans) else None,
+        np.concatenate(colors) if len(colors) == len(scans) else None,
     )
 
 
@@ -221,7 +251,7 @@ def _check_e57(data: bytes) -> None:
         promised = sum(records for records, _, _ in sections.found)
         raise broken_promise(promised, promised * 8 * len(data) // bits, "points")
     # Where every coordinate is the same, a point has no bits at all.
-    check_expansion(len(data), sum(8 * records * min(fields, 7) for records, _, fields in sections.found))
+    check_expansion(len(data), sum(8 * records * min(fields, 10) for records, _, fields in sections.found))
 
 
 class _E57Sections:
@@ -290,17 +320,21 @@ def _e57_scan(pye57: Any, file: Any, index: int, size: int) -> PointCloud:
     if not set(position) <= set(fields):
         raise CloudFormatError(f"scan {index} has the fields {quote(', '.join(fields), 80)}, without coordinates")
     normals = list(_E57_NORMALS) if set(_E57_NORMALS) <= set(fields) else []
+    colored = list(_E57_COLORS) if set(_E57_COLORS) <= set(fields) else []
     state = "cartesianInvalidState" if cartesian else "sphericalInvalidState"
-    table = _e57_table(pye57, file, header, position + normals + ([state] if state in fields else []), size)
+    wanted = position + normals + colored + ([state] if state in fields else [])
+    table = _e57_table(pye57, file, header, wanted, size)
     if state in fields:
         table = table[table[:, -1] == 0]
     points = table[:, :3] if cartesian else _from_spherical(table[:, :3])
     vectors = table[:, 3:6] if normals else None
+    first = 3 + len(normals)
+    colors = _filled_in(table[:, first : first + 3]) if colored else None
     if header.has_pose():
         turned = file.to_global(points, header.rotation, header.translation)
         vectors = None if vectors is None else file.to_global(vectors, header.rotation, np.zeros(3))
-        return cloud_of(turned, vectors)
-    return cloud_of(points, vectors)
+        return cloud_of(turned, vectors, colors)
+    return cloud_of(points, vectors, colors)
 
 
 _E57_SPHERICAL = ("sphericalRange", "sphericalAzimuth", "sphericalElevation")

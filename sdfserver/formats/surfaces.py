@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from sdfserver.cloud import PointCloud, distinct_rows
 from sdfserver.errors import CloudFormatError
-from sdfserver.formats.common import Floats, Ints, broken_promise, cloud_of, quote, whole_number
-from sdfserver.formats.text import line_blocks, number_table, plain_text
+from sdfserver.formats.common import Colors, Floats, Ints, broken_promise, byte_colors, cloud_of, quote, whole_number
+from sdfserver.formats.text import line_blocks, number_table, number_tables, plain_text
 
 ROWS_AT_A_TIME = 1 << 14
 """Lines that are taken apart at a time."""
@@ -34,11 +34,18 @@ class Polygons:
 
 @dataclass(frozen=True, kw_only=True)
 class Surface:
-    """What a file says of a surface; normals (n, 3) of the vertices where it has them, of any length."""
+    """What a file says of a surface.
+
+    normals: (n, 3) of the vertices where it has them, of any length.
+    colors: (n, 3) of the vertices, or None.
+    confidence: (n,) from 0 to 1, or None.
+    """
 
     points: Floats
     polygons: Polygons
     normals: Floats | None = None
+    colors: Colors | None = None
+    confidence: NDArray[np.float32] | None = None
 
     def triangles(self) -> Ints:
         """Triangles (t, 3) that cover the polygons. Raises CloudFormatError where a corner is no vertex."""
@@ -73,7 +80,7 @@ def surface_cloud(surface: Surface) -> PointCloud:
         vectors = np.repeat(area_normals(points, triangles), 3, axis=0)
         for axis in range(3):
             normals[:, axis] += np.bincount(triangles.reshape(-1), weights=vectors[:, axis], minlength=len(points))
-    return _with_direction(points, normals)
+    return _with_direction(points, normals, surface.colors)
 
 
 def _parts(polygons: Polygons, corners: int) -> Iterator[Polygons]:
@@ -111,15 +118,16 @@ def area_normals(points: Floats, triangles: Ints) -> Floats:
     return normals
 
 
-def _with_direction(points: Floats, normals: Floats) -> PointCloud:
+def _with_direction(points: Floats, normals: Floats, colors: Colors | None) -> PointCloud:
     """The vertices that have a direction; the others are no part of the surface.
 
     Unless they are most of the points: then this is a cloud with a few polygons, and has no normals.
     """
     has = np.any(normals != 0, axis=1)
     if 2 * np.count_nonzero(has) < len(points):
-        return cloud_of(points, None)
-    return cloud_of(points[has], normals[has]) if not has.all() else cloud_of(points, normals)
+        return cloud_of(points, None, colors)
+    cloud = cloud_of(points, normals, colors)
+    return cloud if has.all() else cloud.take(has)
 
 
 def read_stl(data: bytes) -> PointCloud:
@@ -174,16 +182,16 @@ def read_off(data: bytes) -> PointCloud:
     """Vertices of OFF and NOFF, in text, with or without colours and texture coordinates."""
     surface = off_surface(data)
     if surface.normals is not None or not surface.polygons.sizes.size:
-        return cloud_of(surface.points, surface.normals)
+        return cloud_of(surface.points, surface.normals, surface.colors)
     return surface_cloud(surface)
 
 
 def off_surface(data: bytes) -> Surface:
-    """OFF and NOFF, in text, with or without colours and texture coordinates."""
+    """OFF and NOFF, in text, with or without colours of vertices (COFF) and texture coordinates."""
     data = plain_text(data)
     if b"#" in data:
         data = re.sub(rb"#[^\n]*", b"", data)
-    head = re.match(rb"\s*((?:ST)?C?(N?))OFF(\s+BINARY)?", data)
+    head = re.match(rb"\s*(?:ST)?(C?)(N?)OFF(\s+BINARY)?", data)
     if head is None:
         raise CloudFormatError(f"it starts with {quote(data[:12])}, not with OFF or NOFF; check its extension")
     if head[3]:
@@ -200,10 +208,20 @@ def off_surface(data: bytes) -> Surface:
     if not n_vertices:
         raise CloudFormatError("it holds no vertices; export it again")
     width = 6 if head[2] else 3
+    if 2 * width * n_vertices > len(data):  # a digit and a separator for each number
+        raise broken_promise(n_vertices, len(data) // (2 * width), "vertices")
     table: Floats = np.empty((n_vertices, width))
+    colors = np.empty((n_vertices, 3), np.float32) if head[1] else None
     done = 0
     for rows in _batches(lines, n_vertices):
-        table[done : done + len(rows)] = number_table(rows, columns=range(width), first_line=done + 1)
+        part, more = number_tables(
+            rows, range(width), range(width, width + 3) if colors is not None else None, first_line=done + 1
+        )
+        table[done : done + len(rows)] = part
+        if colors is not None and more is not None:
+            colors[done : done + len(rows)] = more
+        else:
+            colors = None
         done += len(rows)
     faces: list[Polygons] = []
     for rows in _batches(lines, n_faces):
@@ -211,7 +229,12 @@ def off_surface(data: bytes) -> Surface:
         done += len(rows)
     if done < n_vertices + n_faces:
         raise broken_promise(n_vertices + n_faces, done, "vertices and faces")
-    return Surface(points=table[:, :3], polygons=joined(faces), normals=table[:, 3:] if head[2] else None)
+    return Surface(
+        points=table[:, :3],
+        polygons=joined(faces),
+        normals=table[:, 3:] if head[2] else None,
+        colors=None if colors is None else byte_colors([*colors.T]),
+    )
 
 
 def _batches(lines: Iterator[bytes], count: int) -> Iterator[list[bytes]]:
@@ -250,21 +273,24 @@ def _off_faces(lines: list[bytes]) -> Polygons:
 
 
 def read_obj(data: bytes) -> PointCloud:
-    """Vertices with their vn; one that faces pair with several vn gets their sum."""
+    """Vertices with their vn, and with the colours behind their coordinates, if all have them.
+
+    A vertex that faces pair with several vn gets their sum.
+    """
     found = _obj_content(data)
     points, given, polygons = found.points, found.given, found.polygons
     if len(given) == len(points) and found.paired_by_order():
-        return cloud_of(points, given)
+        return cloud_of(points, given, found.colors)
     summed = found.summed()
     if summed is not None:
-        return _with_direction(points, summed)
+        return _with_direction(points, summed, found.colors)
     if len(given) and not polygons.sizes.size:
         raise CloudFormatError(
             f"it has {len(points)} v but {len(given)} vn, and no faces that pair them; export it again"
         )
     if not polygons.sizes.size:
-        return cloud_of(points, None)
-    return surface_cloud(Surface(points=points, polygons=polygons))
+        return cloud_of(points, None, found.colors)
+    return surface_cloud(Surface(points=points, polygons=polygons, colors=found.colors))
 
 
 def obj_surface(data: bytes) -> Surface:
@@ -272,7 +298,7 @@ def obj_surface(data: bytes) -> Surface:
     found = _obj_content(data)
     by_order = len(found.given) == len(found.points) and found.paired_by_order()
     normals = found.given if by_order else found.summed()
-    return Surface(points=found.points, polygons=found.polygons, normals=normals)
+    return Surface(points=found.points, polygons=found.polygons, normals=normals, colors=found.colors)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,6 +306,7 @@ class _ObjContent:
     """The v and vn of an OBJ, its faces, and the vn of their corners (-1: none)."""
 
     points: Floats
+    colors: Colors | None
     given: Floats
     polygons: Polygons
     paired: Ints
@@ -315,6 +342,7 @@ def _obj_content(data: bytes) -> _ObjContent:
     counts = {b"v": 0, b"vn": 0}
     polygons: list[Polygons] = []
     paired: list[Ints] = []
+    colors: list[NDArray[np.float32]] | None = []
     for block in line_blocks(data):
         lines = [line for line in map(bytes.lstrip, block) if line]
         at = {
@@ -325,13 +353,22 @@ def _obj_content(data: bytes) -> _ObjContent:
             polygons.append(Polygons(sizes=sizes, corners=corners))
             paired.append(normals)
         for key, found in tables.items():
-            if at[key]:
-                found.append(number_table([lines[i] for i in at[key]], columns=(1, 2, 3), first_line=counts[key] + 1))
-                counts[key] += len(at[key])
+            if not at[key]:
+                continue
+            rows, first = [lines[i] for i in at[key]], counts[key] + 1
+            counts[key] += len(rows)
+            colored = key == b"v" and colors is not None and len(rows[0].split()) == _COLORED_TOKENS
+            table, more = number_tables(rows, (1, 2, 3), (4, 5, 6) if colored else None, first_line=first)
+            found.append(table)
+            if key == b"v" and more is None:
+                colors = None
+            elif colors is not None and more is not None:
+                colors.append(more.astype(np.float32))
     if not tables[b"v"]:
         raise CloudFormatError("it has no 'v' lines; export the cloud with its points as vertices")
     content = _ObjContent(
         points=np.concatenate(tables.pop(b"v")),
+        colors=None if colors is None else byte_colors([*np.concatenate(colors).T]),
         given=np.concatenate(tables.pop(b"vn") or [np.empty((0, 3))]),
         polygons=joined(polygons),
         paired=np.concatenate(paired or [np.empty(0, np.int64)]),
@@ -352,6 +389,8 @@ def _narrow(index: Ints) -> Ints:
 
 
 _OBJ_KEYS = (b"v", b"vn", b"f")
+_COLORED_TOKENS = 7
+"""Of a line 'v x y z r g b'; with fewer the fourth number is a weight."""
 _MOST_INDICES = 2.0**62
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from sdfserver.cloud import PointCloud
 from sdfserver.errors import CloudFormatError
 from sdfserver.files import reason
-from sdfserver.formats.common import Floats, cloud_of, named_columns, quote, unnamed_columns
+from sdfserver.formats.common import Floats, byte_colors, cloud_of, named_columns, quote, unnamed_columns
 
 MAX_LINE = 1 << 17
 
@@ -79,6 +79,24 @@ def number_table(
         if isinstance(rows, bytes):
             raise _bad_row(rows.split(b"\n"), columns, delimiter, "line", first_line, error) from None
         raise _bad_row(rows, columns, delimiter, "row", first_line, error) from None
+
+
+def number_tables(
+    rows: bytes | Sequence[bytes],
+    columns: Sequence[int],
+    more: Sequence[int] | None,
+    *,
+    delimiter: str | None = None,
+    first_line: int = 1,
+) -> tuple[Floats, Floats | None]:
+    """number_table of `columns`, and of `more`, which are as good as absent where a row lacks one of them."""
+    if more:
+        try:
+            table = number_table(rows, columns=[*columns, *more], delimiter=delimiter, first_line=first_line)
+            return table[:, : len(columns)], table[:, len(columns) :]
+        except CloudFormatError:
+            pass  # either of the others is at fault, and then is found again
+    return number_table(rows, columns=columns, delimiter=delimiter, first_line=first_line), None
 
 
 def _bad_row(
@@ -181,8 +199,9 @@ def _text_cloud(
     body: bytes, tokens: list[bytes], names: list[str] | None, delimiter: str | None, first_line: int, count: int | None
 ) -> PointCloud:
     named = named_columns(names) if names is not None and len(names) <= len(tokens) else None
+    more: Floats | None = None
     if named is not None:
-        columns: list[int] | None = named[0] + (named[1] or [])
+        table, more = number_tables(body, named.shape, named.colors, delimiter=delimiter, first_line=first_line)
     else:
         numeric = next((i for i, token in enumerate(tokens) if not is_number(token)), len(tokens))
         if numeric < 3:
@@ -190,12 +209,13 @@ def _text_cloud(
                 f"line {first_line} has {numeric} numbers; a point needs at least x, y and z (then nx, ny, nz)"
             )
         columns = None if numeric == len(tokens) else list(range(numeric))
-    table = number_table(body, columns=columns, delimiter=delimiter, first_line=first_line)
+        table = number_table(body, columns=columns, delimiter=delimiter, first_line=first_line)
     if count is not None and count != len(table):
         raise CloudFormatError(f"the first line promises {count} points, but {len(table)} follow; export it again")
-    if named is not None:
-        return cloud_of(table[:, :3], table[:, 3:] if named[1] else None)
-    return unnamed_columns(table)
+    if named is None:
+        return unnamed_columns(table)
+    colors = None if more is None else byte_colors([*more.T])
+    return cloud_of(table[:, :3], table[:, 3:] if named.normals else None, colors)
 
 
 def _next_line(data: bytes, offset: int) -> tuple[int, bytes]:

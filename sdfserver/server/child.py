@@ -400,7 +400,8 @@ class Forming:
         from sdfserver.preview import some_points
 
         self._points = some_points(cloud)
-        write_ply(self._folder / POINTS, self._points.points, normals=self._points.normals)
+        some = self._points
+        write_ply(self._folder / POINTS, some.points, normals=some.normals, colors=some.colors)
         self._tell(0)
 
     def show(self, progress: "FitProgress", field: "SignedDistanceField") -> None:
@@ -447,7 +448,8 @@ def _save_cloud(cloud: "PointCloud", path: Path) -> None:
 
     if cloud.normals is None:
         raise ValueError("a cloud that has been fitted has normals")
-    np.savez(path, points=cloud.points, normals=cloud.normals)
+    colors = {} if cloud.colors is None else {"colors": cloud.colors}
+    np.savez(path, allow_pickle=False, points=cloud.points, normals=cloud.normals, **colors)
 
 
 _OPTIONS = {

@@ -574,7 +574,8 @@ def get_report(request: Request, service: TheService, row: FinishedJob) -> Respo
 def get_preview(request: Request, service: TheService, row: TheJob) -> Response:
     """A light mesh to look at, as PLY: coarse while the surface forms, and in the end simplified if it is large.
 
-    That of a job that has succeeded has a property `distance`: of each vertex to the nearest point of the cloud.
+    That of a job that has succeeded has a property `distance`: of each vertex to the nearest point of the cloud. It has
+    colours and `confidence` where the mesh has them.
     """
     if row.state == JobState.SUCCEEDED:
         path = service.artifacts.mesh(row.id, row.published) / PREVIEW

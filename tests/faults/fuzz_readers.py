@@ -32,6 +32,7 @@ import tracemalloc
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for a start as a command
@@ -68,8 +69,8 @@ def seeds(kind: str, *, others: bool = True) -> list[bytes]:
     """Valid files of a format, by the project's own writers and, with `others`, by Open3D, which is slow to import."""
     name = kind.removeprefix("mesh-")
     extensions = EXTENSIONS.get(name, (name,))
-    files = {**cloud_files.FILES, **cloud_files.SURFACES}
-    found = [data for file, data in files.items() if file.rsplit(".")[-1] in extensions]
+    files = [*cloud_files.FILES.items(), *cloud_files.SURFACES.items(), *cloud_files.COLORED.items()]
+    found = [data for file, data in files if file.rsplit(".")[-1] in extensions]
     with tempfile.TemporaryDirectory() as folder:
         found += _meshes(name, Path(folder))
         if name in ("las", "laz"):
@@ -90,9 +91,16 @@ def _meshes(name: str, folder: Path) -> list[bytes]:
 
     vertices, faces = cloud_files.octahedron()
     found = []
-    for normals in (None, vertices.astype(np.float32)):
+    plain = TriangleMesh(vertices=vertices + 1000.5, faces=faces)
+    whole = replace(
+        plain,
+        normals=vertices.astype(np.float32),
+        colors=cloud_files.COLORS[:6],
+        confidence=np.linspace(0, 1, 6, dtype=np.float32),
+    )
+    for mesh in (plain, replace(plain, normals=whole.normals), whole):
         path = folder / f"a.{name}"
-        write_mesh(TriangleMesh(vertices=vertices + 1000.5, faces=faces, normals=normals), path)
+        write_mesh(mesh, path)
         found.append(path.read_bytes())
     body = trimesh.creation.icosphere(subdivisions=1)
     options: list[dict[str, object]] = [{"encoding": "ascii"}, {}] if name == "ply" else [{}]
@@ -108,7 +116,8 @@ def _las(name: str, folder: Path) -> list[bytes]:
     """Point formats with and without times, colours and further dimensions, in versions 1.2 and 1.4."""
     import laspy
 
-    found = [cloud_files.las_file(folder / f"a.{name}").read_bytes()]
+    colors = cloud_files.COLORS.astype(np.uint16) * 256
+    found = [cloud_files.las_file(folder / f"a.{name}", colors=given).read_bytes() for given in (None, colors)]
     for point_format, version in ((0, "1.2"), (3, "1.2"), (6, "1.4"), (7, "1.4"), (8, "1.4")):
         header = laspy.LasHeader(point_format=point_format, version=version)
         header.scales = [1e-3] * 3
@@ -198,6 +207,13 @@ def _check_cloud(cloud: PointCloud) -> None:
             _demand(type(rows) is np.ndarray and rows.dtype == np.float64, f"dtype {rows.dtype}")
             _demand(rows.shape == (len(cloud.points), 3) and len(rows), f"shapes {rows.shape}, {cloud.points.shape}")
             _demand(rows.flags.c_contiguous and rows.flags.writeable, "not contiguous or not writeable")
+    _check_colors(cloud.colors, cloud.points)
+
+
+def _check_colors(colors: np.ndarray | None, points: np.ndarray) -> None:
+    if colors is not None:
+        _demand(type(colors) is np.ndarray and colors.dtype == np.uint8, f"colours of type {colors.dtype}")
+        _demand(colors.shape == points.shape, f"shapes {colors.shape}, {points.shape}")
 
 
 def _check_validated(cloud: PointCloud) -> None:
@@ -223,6 +239,11 @@ def _check_mesh(mesh: TriangleMesh) -> None:
         inside = mesh.faces.min() >= 0 and mesh.faces.max() < len(mesh.vertices)
         _demand(inside, "faces that refer to no vertex")
     _demand(mesh.normals is None or mesh.normals.shape == mesh.vertices.shape, "normals")
+    _check_colors(mesh.colors, mesh.vertices)
+    shares = mesh.confidence
+    if shares is not None:
+        _demand(shares.shape == (len(mesh.vertices),) and shares.dtype == np.float32, "confidence")
+        _demand(((shares >= 0) & (shares <= 1)).all(), "confidence beyond 0 to 1")
 
 
 # The process that looks, and the one that watches it

@@ -33,12 +33,15 @@ _WORDS = {
     "ply": (b"ply|format ascii 1.0|format binary_little_endian 1.0|format binary_big_endian 1.0|comment x|obj_info x|"
             b"element vertex 3|element face 3|element edge 0|element x 5|property float x|property double y|"
             b"property uchar z|property int nx|property list uchar int vertex_indices|property list int double q|"
-            b"property list uint64 uint64 vertex_index|property int64 z|end_header|char|uchar|short|ushort|int|uint|"
-            b"int64|uint64|float|double|list"),
-    "text": b"x y z|x,y,z,nx,ny,nz|X;Y;Z|//X Y Z|# x y z|nx|z|60|1,5 2,5 3,5|1 2 3|1;2;3|\"1\",\"2\",\"3\"",
+            b"property list uint64 uint64 vertex_index|property int64 z|"
+            b"property uchar red|property ushort green|property float blue|property float confidence|"
+            b"end_header|char|uchar|short|ushort|int|uint|int64|uint64|float|double|list"),
+    "text": b"x y z|x,y,z,nx,ny,nz|x y z r g b|X;Y;Z|//X Y Z|# x y z|nx|z|60|1,5 2,5 3,5|1 2 3|1;2;3|\"1\",\"2\",\"3\"",
     "pcd": (b"FIELDS x y z|SIZE 4 4 4|SIZE 8 8 8|TYPE F F F|TYPE I I I|TYPE U U U|COUNT 1 1 1|WIDTH 60|HEIGHT 1|"
-            b"POINTS 60|DATA ascii|DATA binary|DATA binary_compressed|VERSION .7|VIEWPOINT 0 0 0 1 0 0 0|normal_x"),
-    "obj": b"v 1 2 3|vn 0 0 1|vt 0 0|f 1 2 3|f -1 -2 -3|f 1//1 2//2 3//3|f 1/1/1|f|v|vn|g x|usemtl x|mtllib x|l 1 2",
+            b"POINTS 60|DATA ascii|DATA binary|DATA binary_compressed|VERSION .7|VIEWPOINT 0 0 0 1 0 0 0|normal_x|"
+            b"rgb|rgba|FIELDS x y z rgb"),
+    "obj": (b"v 1 2 3|v 1 2 3 0 0.5 1|vn 0 0 1|vt 0 0|f 1 2 3|f -1 -2 -3|f 1//1 2//2 3//3|f 1/1/1|f|v|vn|g x|usemtl x|"
+            b"mtllib x|l 1 2"),
     "off": b"OFF|NOFF|COFF|STOFF|OFF BINARY|3 0 1 2|4 0 1 2 3|0|1 0|3 0 0 0 255 0 0",
     "stl": b"solid|endsolid|facet normal 0 0 0|outer loop|vertex 0 0 0|endloop|endfacet",
     "e57": (b"type=\"Float\"|type=\"Integer\"|type=\"ScaledInteger\"|type=\"String\"|type=\"Structure\"|"
@@ -46,7 +49,8 @@ _WORDS = {
             b"maximum=\"0\"|scale=\"0\"|offset=\"1e300\"|recordCount=\"60\"|fileOffset=\"48\"|cartesianX|"
             b"sphericalRange|<x type=\"Float\"/>|<![CDATA[|]]>|nor:normalX|<vectorChild type=\"Structure\">"),
     "glb": (b"\"bufferView\"|\"byteOffset\"|\"count\"|\"componentType\"|\"byteStride\"|\"byteLength\"|\"uri\"|"
-            b"\"indices\"|\"sparse\"|\"matrix\"|\"children\"|\"mode\"|null|true|[]|{}|\"SCALAR\"|\"VEC3\"|\"MAT4\""),
+            b"\"indices\"|\"sparse\"|\"matrix\"|\"children\"|\"mode\"|null|true|[]|{}|\"SCALAR\"|\"VEC3\"|\"MAT4\"|\"COLOR_0\"|"
+            b"\"_CONFIDENCE\"|\"normalized\""),
 }  # fmt: skip
 WORDS = {kind: words.split(b"|") for kind, words in _WORDS.items()}
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from scipy.spatial import cKDTree
 from server.helpers import Api, Served, is_problem, until
 
-from sdfserver.io import read_cloud, read_mesh
+from sdfserver.io import read_cloud, read_mesh, write_ply
 from sdfserver.samples import samples
 from sdfserver.server.artifacts import POINTS, PREVIEW
 
@@ -62,6 +63,43 @@ def test_the_surface_is_shown_while_it_forms(served: Served, data: Path, tmp_pat
         assert len(read_mesh(path).faces) > 100
     assert b"distance" not in next(iter(seen.values()))
     assert b"distance" in served.api.get(f"{url}/preview").content
+
+
+def test_a_job_keeps_the_colours_of_its_cloud_in_all_that_it_makes(served: Served, data: Path, tmp_path: Path) -> None:
+    cloud = read_cloud(data / "sparse.ply")
+    colors = np.where(cloud.points[:, 2:] > np.median(cloud.points[:, 2]), [230, 20, 30], [10, 40, 220]).astype(
+        np.uint8
+    )
+    write_ply(tmp_path / "painted.ply", cloud.points, normals=cloud.normals, colors=colors)
+    body = (tmp_path / "painted.ply").read_bytes()
+    first = served.api.post("/v1/jobs?preset=draft&resolution=32&name=painted.ply", content=body).json()
+
+    def ended(job: dict) -> dict:
+        until(lambda: served.api.get(job["links"]["self"]).json()["state"] not in ("queued", "running"))
+        job = served.api.get(job["links"]["self"]).json()
+        assert job["state"] == "succeeded", job
+        return job
+
+    def fetched(job: dict, name: str, file: str) -> Path:
+        answer = served.api.get(f"{job['links']['self']}/{name}").raise_for_status()
+        (tmp_path / file).write_bytes(answer.content)
+        return tmp_path / file
+
+    first = ended(first)
+    second = ended(served.api.post(f"{first['links']['self']}/meshes", json={"resolution": 24, "faces": 500}).json())
+    for job in (first, second):
+        mesh = read_mesh(fetched(job, "mesh", "mesh.ply"))
+        shown = read_mesh(fetched(job, "preview", "preview.ply"))
+        near = cKDTree(cloud.points).query(mesh.vertices)[1]
+        assert mesh.colors is not None
+        same = (np.abs(mesh.colors.astype(int) - colors[near]) <= 60).all(axis=1)
+        assert same.mean() > 0.85, "beside the border all of them"
+        np.testing.assert_array_equal(shown.colors, mesh.colors)
+        for format_ in ("glb", "obj", "off"):
+            other = read_mesh(fetched(job, f"mesh?format={format_}", f"mesh.{format_}"))
+            np.testing.assert_array_equal(other.colors, mesh.colors)
+    points = read_cloud(fetched(first, "points", "points.ply"))
+    np.testing.assert_array_equal(points.colors, colors)
 
 
 def test_a_preview_is_told_of_by_events(served: Served) -> None:

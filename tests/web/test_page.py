@@ -4,6 +4,7 @@ import base64
 import io
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,10 +16,11 @@ from server.helpers import Process
 from web.conftest import NARROW, WIDE
 
 from sdfserver.config import PRESETS
+from sdfserver.io import read_cloud, read_mesh, write_mesh, write_ply
 from sdfserver.server import page as page_module
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Page
+    from playwright.sync_api import Page, Route
 
 pytestmark = pytest.mark.timeout(300)
 JOB_S = 120.0
@@ -148,6 +150,63 @@ def test_the_ways_to_look_at_a_surface_differ(page: "Page", finished: str) -> No
     assert np.abs(picture(page) - middle).sum(axis=2).astype(bool).mean() > 0.01
     page.get_by_role("checkbox", name="Slice").uncheck(force=True)
     assert drawn(picture(page)) < drawn(middle)
+
+
+def tinted(image: np.ndarray) -> set[str]:
+    """Which of red and blue there is much of."""
+    red, blue = image[..., 0] - image[..., 2] > 60, image[..., 2] - image[..., 0] > 60
+    return {name for name, where in (("red", red), ("blue", blue)) if where.mean() > 0.0005}
+
+
+def wait_until_tinted(page: "Page", wanted: set[str]) -> None:
+    end = time.monotonic() + JOB_S
+    while (seen := tinted(picture(page))) != wanted:
+        assert time.monotonic() < end, seen
+
+
+def test_the_colours_of_a_cloud_and_a_confidence_are_shown_where_there_are_any(
+    page: "Page", cloud: Path, tmp_path: Path
+) -> None:
+    known = read_cloud(cloud)
+    above = known.points[:, 2:] > np.median(known.points[:, 2])
+    colors = np.where(above, [230, 20, 20], [20, 20, 230]).astype(np.uint8)
+    write_ply(tmp_path / "painted.ply", known.points, normals=known.normals, colors=colors)
+
+    def with_confidence(route: "Route") -> None:
+        answer = route.fetch()
+        (tmp_path / "preview.ply").write_bytes(answer.body())
+        mesh = read_mesh(tmp_path / "preview.ply")
+        values = np.linspace(0, 1, len(mesh.vertices))
+        if mesh.colors is None:  # the surface is still forming
+            route.fulfill(response=answer)
+            return
+        write_mesh(replace(mesh, confidence=values.astype(np.float32)), tmp_path / "more.ply")
+        route.fulfill(response=answer, body=(tmp_path / "more.ply").read_bytes())
+
+    page.set_input_files("#file", tmp_path / "painted.ply")
+    page.get_by_text("painted.ply: 500 points").wait_for()
+    wait_until_tinted(page, {"red", "blue"})  # the points, before they are uploaded
+    page.context.route("**/preview", with_confidence)
+    start(page, tmp_path / "painted.ply")
+    wait_for_state(page, "succeeded")
+    page.get_by_text(re.compile(r"triangles shown$")).wait_for()
+    assert page.get_by_role("radio", name="Colours").is_checked(), "they are what one wants to see"
+    wait_until_tinted(page, {"red", "blue"})
+    page.get_by_role("radio", name="Shaded").check(force=True)
+    wait_until_tinted(page, set())
+    page.get_by_role("radio", name="Confidence").check(force=True)
+    assert page.get_by_text("how far points support the surface").is_visible()
+    assert drawn(picture(page)) > 0.05
+    page.get_by_role("checkbox", name="Points").check(force=True)
+    assert page.locator("#scale-end").inner_text() == "1"
+
+
+def test_what_has_no_colours_offers_none(page: "Page", finished: str) -> None:
+    open_job(page, finished)
+    page.get_by_text(re.compile(r"triangles shown$")).wait_for()
+    assert page.get_by_role("radio", name="Shaded").is_checked()
+    for name in ("Colours", "Confidence"):
+        assert page.get_by_role("radio", name=name).count() == 0
 
 
 def test_a_running_job_is_cancelled_and_run_again(page: "Page", cloud: Path) -> None:

@@ -1,8 +1,9 @@
 // Reads clouds and meshes in the browser: to show a file at once, before it has been uploaded, and what the server
 // sends (PLY). The server's readers have the last word; of a large file only a part of the rows is read here.
 //
-// A cloud: { origin, positions, normals, distances, indices, count, hasNormals }. positions are relative to `origin`,
-// so that map coordinates keep their digits as float32; `count` is how many points the file has.
+// A cloud: { origin, positions, normals, colors, distances, confidence, indices, count, hasNormals }. positions are
+// relative to `origin`, so that map coordinates keep their digits as float32; colors are bytes; `count` is how many
+// points the file has.
 
 const MAX_SHOWN = 100_000;
 const MAX_TEXT_BYTES = 48 * 2 ** 20;
@@ -39,7 +40,8 @@ async function textOf(file) {
   return file.slice(0, MAX_TEXT_BYTES).text();
 }
 
-function cloudOf(points, normals, count, { hasNormals = normals !== null, distances = null, indices = null } = {}) {
+function cloudOf(points, normals, count, more = {}) {
+  const { hasNormals = normals !== null, colors = null, distances = null, confidence = null, indices = null } = more;
   const n = points.length / 3;
   if (!n) throw new Error("the file holds no points");
   const low = [Infinity, Infinity, Infinity], high = [-Infinity, -Infinity, -Infinity];
@@ -52,7 +54,8 @@ function cloudOf(points, normals, count, { hasNormals = normals !== null, distan
   const origin = low.map((value, axis) => (value + high[axis]) / 2);
   const positions = new Float32Array(points.length);
   for (let i = 0; i < points.length; i++) positions[i] = points[i] - origin[i % 3];
-  return { origin, positions, normals: normals && Float32Array.from(normals), distances, indices, count, hasNormals };
+  normals &&= Float32Array.from(normals);
+  return { origin, positions, normals, colors, distances, confidence, indices, count, hasNormals };
 }
 
 // Rows of one size: binary PLY and PCD
@@ -91,12 +94,29 @@ function interleaved(found, names) {
 
 const POSITION = ["x", "y", "z"];
 const NORMAL = [["nx", "ny", "nz"], ["normal_x", "normal_y", "normal_z"]];
+const COLOR = [["red", "green", "blue"], ["r", "g", "b"], ["diffuse_red", "diffuse_green", "diffuse_blue"]];
 
 function cloudOfRows(found, count, more = {}) {
   const points = interleaved(found, POSITION);
   if (points === null) throw new Error("the file has no x, y and z");
   const normals = NORMAL.map((names) => interleaved(found, names)).find(Boolean) ?? null;
-  return cloudOf(points, normals, count, { hasNormals: normals !== null || Boolean(more.faces), ...more });
+  const colors = COLOR.map((names) => interleaved(found, names)).find(Boolean);
+  return cloudOf(points, normals, count, {
+    hasNormals: normals !== null || Boolean(more.faces),
+    colors: colors ? bytesOf(colors, more.wholeColors) : null,
+    ...more,
+  });
+}
+
+/** Colours as bytes, by their type and their maximum as the server tells it; null where they are no colours. */
+function bytesOf(values, whole = false) {
+  let top = 0;
+  for (const value of values) {
+    if (!(value >= 0 && value <= 65535)) return null;
+    if (value > top) top = value;
+  }
+  const scale = top <= 1.01 && !whole ? 255 : top <= 255 ? 1 : 1 / 256;
+  return Uint8Array.from(values, (value) => Math.min(255, scale < 1 ? Math.floor(value * scale) : Math.round(value * scale)));
 }
 
 async function headerOf(blob, end) {
@@ -130,12 +150,17 @@ async function plyCloud(blob, most = MAX_SHOWN) {
     stride += SIZES[PLY_TYPES[type]];
   }
   const wanted = Object.fromEntries(
-    [...POSITION, ...NORMAL.flat(), "distance"].filter((name) => columns[name]).map((name) => [name, columns[name]]));
+    [...POSITION, ...NORMAL.flat(), ...COLOR.flat(), "distance", "confidence"]
+      .filter((name) => columns[name]).map((name) => [name, columns[name]]));
   const found = await rowsOf(blob, length, vertex.count, stride, wanted, littleEndian, most);
-  const distances = found.distance ? Float32Array.from(found.distance) : null;
+  const [distances, confidence] = ["distance", "confidence"].map((name) => found[name] ? Float32Array.from(found[name]) : null);
   const indices = most === Infinity && faces ? await triangles(blob, length + stride * vertex.count, faces) : null;
-  return cloudOfRows(found, vertex.count, { faces, distances, indices });
+  return cloudOfRows(found, vertex.count, { faces, distances, confidence, indices, wholeColors: wholeColors(vertex) });
 }
+
+/** Whether the colours of a PLY's vertices are of a whole type: then 1 is no full share. */
+const wholeColors = (vertex) =>
+  !vertex.properties.some(([type, name]) => COLOR.flat().includes(name) && PLY_TYPES[type]?.startsWith("f"));
 
 /** Triangles as the server writes them: a byte that says 3, and three int32. */
 async function triangles(blob, offset, count) {
@@ -150,7 +175,7 @@ async function triangles(blob, offset, count) {
 async function plyText(blob, offset, vertex, faces) {
   const names = vertex.properties.map((property) => property[1]);
   const lines = (await blob.slice(offset, offset + MAX_TEXT_BYTES).text()).split("\n").slice(0, vertex.count);
-  return cloudOfRows(columnsOf(lines, names), vertex.count, { faces });
+  return cloudOfRows(columnsOf(lines, names), vertex.count, { faces, wholeColors: wholeColors(vertex) });
 }
 
 /** Columns of lines of numbers, of MAX_SHOWN lines at most. */
@@ -177,10 +202,13 @@ async function pcdCloud(blob) {
   let stride = 0;
   fields.FIELDS.forEach((name, i) => {
     const type = fields.TYPE[i].toLowerCase() + fields.SIZE[i];
-    if ([...POSITION, ...NORMAL.flat()].includes(name)) columns[name] = { at: stride, type };
+    if ([...POSITION, ...NORMAL.flat(), ...COLOR.flat()].includes(name)) columns[name] = { at: stride, type };
+    if (["rgb", "rgba"].includes(name) && fields.SIZE[i] === "4") columns.packed = { at: stride, type: "u4" };
     stride += Number(fields.SIZE[i]) * Number(fields.COUNT?.[i] ?? 1);
   });
-  return cloudOfRows(await rowsOf(blob, length, count, stride, columns, true, MAX_SHOWN), count);
+  const found = await rowsOf(blob, length, count, stride, columns, true, MAX_SHOWN);
+  if (found.packed) COLOR[0].forEach((name, i) => (found[name] = found.packed.map((bits) => (bits >>> (16 - 8 * i)) & 255)));
+  return cloudOfRows(found, count, { wholeColors: Boolean(found.packed) });
 }
 
 async function npyCloud(blob) {
@@ -229,7 +257,8 @@ function offCloud(text) {
   return cloudOfRows(found, count, { hasNormals: Boolean(head[1]) || faces > 0 });
 }
 
-/** Lines of numbers: x y z, and normals where the next three, or those that a header names, are unit vectors. */
+/** Lines of numbers: x y z, and normals where the next three, or those that a header names, are unit vectors; colours
+ * where a header names them, or where six columns or a PTS have them. */
 function tableCloud(text, file) {
   const lines = text.split("\n");
   const isRow = (line) => line.trim().split(/[\s,;]+/).slice(0, 3).every((word) => word !== "" && Number.isFinite(+word));
@@ -238,10 +267,17 @@ function tableCloud(text, file) {
   const width = lines[first].trim().split(/[\s,;]+/).length;
   const header = lines.slice(0, first).map((line) => line.replace(/[#/"]/g, " ").trim().toLowerCase().split(/[\s,;]+/));
   const named = header.find((words) => words.length === width && POSITION.every((name) => words.includes(name)));
-  const names = named ?? [...POSITION, ...NORMAL[0]].slice(0, width >= 6 ? 6 : 3);
+  const isPts = width === 7 && /\.pts$/i.test(file.name);
+  const names = named ?? (isPts ? [...POSITION, "intensity", ...COLOR[0]] : [...POSITION, ...NORMAL[0]].slice(0, width >= 6 ? 6 : 3));
   const found = columnsOf(lines.slice(first), names);
   const normals = NORMAL.map((names) => interleaved(found, names)).find(Boolean);
-  if (normals && !named && !areUnit(normals)) NORMAL[0].forEach((name) => delete found[name]);
+  if (normals && !named && !areUnit(normals)) {
+    const areColors = width === 6 && normals.every((value) => value >= 0 && value <= 255);
+    NORMAL[0].forEach((name, i) => {
+      if (areColors) found[COLOR[0][i]] = found[name];
+      delete found[name];
+    });
+  }
   const read = Math.min(file.size, MAX_TEXT_BYTES);
   return cloudOfRows(found, Math.round(((lines.length - first) * file.size) / read) - (text.endsWith("\n") ? 1 : 0));
 }

@@ -8,6 +8,12 @@ const SLICE_NODES = 96;
 const SLICE_PAUSE_MS = 60;
 const ISO_LINES = 24;
 
+/** What stands at the end of the colour scale, and what it measures. */
+const SCALES = {
+  distance: (viewer) => [`${viewer.farthest.toPrecision(2)} and more`, "distance to the nearest point"],
+  confidence: () => ["1", "confidence: how far points support the surface"],
+};
+
 export class Stage {
   constructor() {
     this.viewer = null;
@@ -86,12 +92,16 @@ export class Stage {
     $("view-empty").hidden = anything || !viewer;
     $("view-tools").hidden = !anything;
     $("modes").hidden = !viewer?.surface;
-    document.querySelector("input[name=mode][value=distance]").disabled = !viewer?.hasDistances;
+    document.querySelectorAll("input[name=mode]").forEach((input) => {
+      input.checked = input.value === (viewer?.shownMode ?? "shaded");
+      input.disabled = !viewer?.can(input.value);
+      input.parentElement.hidden = input.disabled && ["colors", "confidence"].includes(input.value);
+    });
     $("show-slice").disabled = !this.job;
     $("turn-up").textContent = viewer?.orbit.up === 1 ? "Up: y" : "Up: z";
-    const scaled = viewer?.mode === "distance" && viewer.hasDistances;
-    $("scale").hidden = !scaled;
-    if (scaled) $("scale-end").textContent = `${viewer.farthest.toPrecision(2)} and more`;
+    const scale = SCALES[viewer?.shownMode];
+    $("scale").hidden = !scale;
+    if (scale) [$("scale-end").textContent, $("scale-says").textContent] = scale(viewer);
   }
 
   turnUp() {

@@ -43,7 +43,7 @@ export class Viewer {
     light.position.set(-0.6, 0.9, 1);
     this.camera.add(light);
     this.orbit = new Orbit(this.camera, canvas, () => this.draw());
-    this.mode = "shaded";
+    this.mode = null;  // colours where there are any
     this.pointsShown = true;
     this.clip = new THREE.Plane();
     this.clear();
@@ -58,6 +58,7 @@ export class Viewer {
     this.origin = null;
     this.box = null;
     this.sliceAxis = null;
+    this.values = {};
     this.draw();
   }
 
@@ -96,10 +97,10 @@ export class Viewer {
     this.remove("points");
     const geometry = new THREE.BufferGeometry();
     geometry.setAttribute("position", vectors(cloud.positions));
-    if (cloud.normals) geometry.setAttribute("color", vectors(normalColors(cloud.normals)));
+    const colors = cloud.colors ? bytes(cloud.colors) : cloud.normals ? vectors(normalColors(cloud.normals)) : null;
+    if (colors) geometry.setAttribute("color", colors);
     const material = new THREE.PointsMaterial({
-      size: 2.2, sizeAttenuation: false, vertexColors: Boolean(cloud.normals),
-      color: cloud.normals ? 0xffffff : 0x808890,
+      size: 2.2, sizeAttenuation: false, vertexColors: Boolean(colors), color: colors ? 0xffffff : 0x808890,
     });
     this.points = new THREE.Points(geometry, material);
     this.place(this.points, cloud);
@@ -113,15 +114,22 @@ export class Viewer {
     geometry.setIndex(new THREE.BufferAttribute(mesh.indices, 1));
     if (mesh.normals) geometry.setAttribute("normal", vectors(mesh.normals));
     else geometry.computeVertexNormals();
-    this.distances = mesh.distances;
+    this.values = { distance: mesh.distances, confidence: mesh.confidence, colors: mesh.colors };
     this.farthest = mesh.distances ? quantile(mesh.distances, 0.99) || 1 : null;
     this.surface = new THREE.Mesh(geometry, new THREE.MeshBasicMaterial());
     this.place(this.surface, mesh);
     this.update();
   }
 
-  get hasDistances() {
-    return Boolean(this.surface && this.distances);
+  /** Whether the surface has what that way of drawing it shows. */
+  can(mode) {
+    return Boolean(this.surface && (!NEEDS_VALUES.includes(mode) || this.values[mode]));
+  }
+
+  /** How the surface is drawn: as was chosen, if it can be. */
+  get shownMode() {
+    const wanted = this.mode ?? "colors";
+    return this.can(wanted) ? wanted : "shaded";
   }
 
   setMode(mode) {
@@ -138,10 +146,15 @@ export class Viewer {
   update() {
     if (this.points) this.points.visible = this.pointsShown || !this.surface;
     if (this.surface) {
-      const mode = this.mode === "distance" && !this.distances ? "shaded" : this.mode;
+      const mode = this.shownMode;
       const geometry = this.surface.geometry;
-      if (mode === "normals") geometry.setAttribute("color", vectors(normalColors(geometry.attributes.normal.array)));
-      if (mode === "distance") geometry.setAttribute("color", vectors(this.distanceColors()));
+      const colors = {
+        normals: () => vectors(normalColors(geometry.attributes.normal.array)),
+        distance: () => vectors(scaleColors(this.values.distance, this.farthest)),
+        confidence: () => vectors(scaleColors(this.values.confidence, 1)),
+        colors: () => bytes(this.values.colors),
+      }[mode];
+      if (colors) geometry.setAttribute("color", colors());
       this.surface.material.dispose();
       const common = { side: THREE.DoubleSide, clippingPlanes: this.sliceAxis === null ? [] : [this.clip] };
       this.surface.material = {
@@ -149,16 +162,12 @@ export class Viewer {
         wireframe: () => new THREE.MeshBasicMaterial({ color: 0x5b7fae, wireframe: true, ...common }),
         normals: () => new THREE.MeshBasicMaterial({ vertexColors: true, ...common }),
         distance: () => new THREE.MeshLambertMaterial({ vertexColors: true, ...common }),
+        confidence: () => new THREE.MeshLambertMaterial({ vertexColors: true, ...common }),
+        colors: () => new THREE.MeshLambertMaterial({ vertexColors: true, ...common }),
       }[mode]();
     }
     this.draw();
     this.onChange();
-  }
-
-  distanceColors() {
-    const colors = new Float32Array(3 * this.distances.length);
-    this.distances.forEach((distance, i) => colors.set(colorOf(distance / this.farthest), 3 * i));
-    return colors;
   }
 
   // The slice
@@ -241,7 +250,16 @@ export class Viewer {
   }
 }
 
+const NEEDS_VALUES = ["distance", "confidence", "colors"];
+
 const vectors = (array) => new THREE.BufferAttribute(array, 3);
+const bytes = (array) => new THREE.BufferAttribute(array, 3, true);
+
+function scaleColors(values, top) {
+  const colors = new Float32Array(3 * values.length);
+  values.forEach((value, i) => colors.set(colorOf(value / top), 3 * i));
+  return colors;
+}
 
 function normalColors(normals) {
   const colors = new Float32Array(normals.length);
