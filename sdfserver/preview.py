@@ -121,7 +121,9 @@ def picture(mesh: TriangleMesh, px: int = PICTURE_PX, *, up: int | None = None) 
     np.maximum.at(nearest, pixel, seen[:, 2])
     front = seen[:, 2] == nearest[pixel]
     shade, color = np.zeros(size**2), np.zeros((size**2, 3))
-    shade[pixel[front]] = 0.35 + 0.65 * np.clip(normals[front] @ light, 0, 1)
+    behind = normals @ eye < 0  # seen from its back, as an open surface may be: lit as well, but not as brightly
+    normals = np.where(behind[:, None], -normals, normals)
+    shade[pixel[front]] = (0.35 + 0.65 * np.clip(normals[front] @ light, 0, 1)) * np.where(behind[front], 0.7, 1.0)
     color[pixel[front]] = _COLOR if mesh.colors is None else _colors_at(mesh, mesh.colors, on_surface[front])
     color *= shade[:, None]
     # Where no sample of the front fell, the back shows through: the median takes such specks away.

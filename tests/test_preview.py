@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import hard_shapes as hard
 import numpy as np
 import pytest
 import torch
@@ -146,6 +147,16 @@ def test_a_picture_shows_the_shape_on_nothing() -> None:
     assert image[int(0.3 * PICTURE_PX), middle, :3].mean() > image[int(0.9 * PICTURE_PX), middle, :3].mean(), (
         "lit from above"
     )
+
+
+def test_the_back_of_an_open_surface_can_be_told_from_its_front() -> None:
+    a = np.linspace(-1, 1, 20)
+    x, z = np.meshgrid(a, a, indexing="ij")
+    wall = hard.grid_mesh(np.stack([x, np.zeros_like(x), z], axis=-1))
+    front, back = (picture(side, up=2) for side in (wall, replace(wall, faces=wall.faces[:, ::-1])))
+    assert np.array_equal(front[..., 3], back[..., 3])
+    brightness = sorted(float(image[..., :3][image[..., 3] == 255].mean()) for image in (front, back))
+    assert brightness[0] == pytest.approx(0.7 * brightness[1], rel=0.02)
 
 
 def test_a_picture_is_in_the_colours_of_the_mesh() -> None:
