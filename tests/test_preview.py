@@ -154,7 +154,6 @@ def test_the_back_of_an_open_surface_can_be_told_from_its_front() -> None:
     x, z = np.meshgrid(a, a, indexing="ij")
     wall = hard.grid_mesh(np.stack([x, np.zeros_like(x), z], axis=-1))
     front, back = (picture(side, up=2) for side in (wall, replace(wall, faces=wall.faces[:, ::-1])))
-    assert np.array_equal(front[..., 3], back[..., 3])
     brightness = sorted(float(image[..., :3][image[..., 3] == 255].mean()) for image in (front, back))
     assert brightness[0] == pytest.approx(0.7 * brightness[1], rel=0.02)
 
