@@ -47,11 +47,12 @@ from sdfserver.schemas import (
     SdfResponse,
     ServerLimits,
 )
-from sdfserver.server import fields, tracing
+from sdfserver.server import tracing
 from sdfserver.server.abuse import Guesses, check_browser
 from sdfserver.server.artifacts import FIELD, MESH, PICTURE, POINTS, PREVIEW, REPORT, Artifacts, DamagedError, Found
 from sdfserver.server.following import Lookout, Sighting
 from sdfserver.server.liveness import living
+from sdfserver.server.loading import load
 from sdfserver.server.logs import STEP, about, subject
 from sdfserver.server.problems import KINDS, MEDIA_TYPE, ProblemError
 from sdfserver.server.queue import JobQueue
@@ -822,7 +823,7 @@ def _create_from(
 def query_field(service: TheService, row: FinishedJob, request: SdfRequest) -> SdfResponse:
     """The signed distance, negative inside, and if asked for its gradient, at points in the cloud's own units."""
     try:
-        field = fields.load(service.artifacts, _field_path(service, row))
+        field = load(service.artifacts, _field_path(service, row))
     except FileNotFoundError:
         raise ProblemError("gone", f"job {row.id} and its files have been removed; upload the cloud again") from None
     distances, gradients = field.evaluate(np.array(request.points, dtype=np.float64))
