@@ -4,13 +4,15 @@ World units; sdf < 0 inside. Numpy alone, as sdfserver.queries, which says how e
 """
 
 from collections.abc import Collection
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sdfserver.errors import NoSurfaceError
-from sdfserver.queries import DistanceError, FieldQueries
+
+if TYPE_CHECKING:  # the client has the words, and no need of scipy
+    from sdfserver.queries import DistanceError, FieldQueries
 
 What = Literal["distance", "gradient", "true_distance", "closest", "curvature", "inside"]
 MEANS: dict[What, str] = {
@@ -32,7 +34,7 @@ AT_A_TIME = 1 << 16
 Answers = dict[str, NDArray[Any]]
 
 
-def ask(field: FieldQueries, points: NDArray[np.float64], what: Collection[What]) -> Answers:
+def ask(field: "FieldQueries", points: NDArray[np.float64], what: Collection[What]) -> Answers:
     """What MEANS says of each of `what`, at `points` (n, 3), by the names there.
 
     Positions, distances are float64; gradients, normals and curvatures float32. Raises NoSurfaceError where closest
@@ -62,7 +64,7 @@ def ask(field: FieldQueries, points: NDArray[np.float64], what: Collection[What]
 
 
 def ask_rays(
-    field: FieldQueries,
+    field: "FieldQueries",
     origins: NDArray[np.float64],
     directions: NDArray[np.float64],
     max_distance: float | None = None,
@@ -77,7 +79,7 @@ def ask_rays(
     }
 
 
-def distance_error_of(field: FieldQueries) -> DistanceError | None:
+def distance_error_of(field: "FieldQueries") -> "DistanceError | None":
     """How far the field is from a distance near its surface; None where it has none."""
     try:
         return field.distance_error
@@ -85,7 +87,7 @@ def distance_error_of(field: FieldQueries) -> DistanceError | None:
         return None
 
 
-def error_arrays(error: DistanceError | None) -> Answers:
+def error_arrays(error: "DistanceError | None") -> Answers:
     """The same as named numbers, for a file of arrays."""
     if error is None:
         return {}
@@ -93,7 +95,7 @@ def error_arrays(error: DistanceError | None) -> Answers:
     return {f"distance_error_{name}": np.array(getattr(error, name)) for name in names}
 
 
-def _in_parts(field: FieldQueries, points: NDArray[np.float64], order: int) -> tuple[NDArray[np.float64], ...]:
+def _in_parts(field: "FieldQueries", points: NDArray[np.float64], order: int) -> tuple[NDArray[np.float64], ...]:
     """What the field has `at` points (n, 3), without their unit copies all being there at once."""
     out = tuple(np.empty((len(points), *shape)) for shape in ((), (3,))[: order + 1])
     for start in range(0, len(points), AT_A_TIME):
