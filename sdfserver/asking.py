@@ -1,40 +1,20 @@
-"""Questions to a field by name, answered by named arrays: one vocabulary for HTTP, client, command line and files.
-
-World units; sdf < 0 inside. Numpy alone, as sdfserver.queries, which says how each is answered.
-"""
+"""Questions to a field by name, answered by named arrays, as sdfserver.questions has them; by sdfserver.queries."""
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sdfserver.errors import NoSurfaceError
+from sdfserver.queries import DistanceError, FieldQueries
+from sdfserver.questions import What
 
-if TYPE_CHECKING:  # the client has the words, and no need of scipy
-    from sdfserver.queries import DistanceError, FieldQueries
-
-What = Literal["distance", "gradient", "true_distance", "closest", "curvature", "inside"]
-MEANS: dict[What, str] = {
-    "distance": "`distances` (n,): the field's own value, which is a distance near the surface, as far as "
-    "`distance_error` says, and only tells inside from outside far from it; quick",
-    "gradient": "`gradients` (n, 3) of that value; near the surface of length 1 and along the normal",
-    "true_distance": "`true_distances` (n,): signed, to the closest point of the surface, however far off; slow",
-    "closest": "`closest_points` (n, 3), and the `true_distances` from them; slow",
-    "curvature": "`mean_curvatures` and `gaussian_curvatures` (n,) of the level sets through the points, "
-    "1 / length and 1 / length^2, positive where the inside is convex",
-    "inside": "`inside` (n,) bool",
-}
-"""What may be asked of points, and what answers it."""
-RAYS_MEAN = (
-    "`hits` (n,) bool: whether each ray crosses the surface; `ray_distances` (n,) from the origins to where it first "
-    "does, `hit_points` and outward `hit_normals` (n, 3) there"
-)
 AT_A_TIME = 1 << 16
 Answers = dict[str, NDArray[Any]]
 
 
-def ask(field: "FieldQueries", points: NDArray[np.float64], what: Collection[What]) -> Answers:
+def ask(field: FieldQueries, points: NDArray[np.float64], what: Collection[What]) -> Answers:
     """What MEANS says of each of `what`, at `points` (n, 3), by the names there.
 
     Positions, distances are float64; gradients, normals and curvatures float32. Raises NoSurfaceError where closest
@@ -64,7 +44,7 @@ def ask(field: "FieldQueries", points: NDArray[np.float64], what: Collection[Wha
 
 
 def ask_rays(
-    field: "FieldQueries",
+    field: FieldQueries,
     origins: NDArray[np.float64],
     directions: NDArray[np.float64],
     max_distance: float | None = None,
@@ -79,7 +59,7 @@ def ask_rays(
     }
 
 
-def distance_error_of(field: "FieldQueries") -> "DistanceError | None":
+def distance_error_of(field: FieldQueries) -> DistanceError | None:
     """How far the field is from a distance near its surface; None where it has none."""
     try:
         return field.distance_error
@@ -87,7 +67,7 @@ def distance_error_of(field: "FieldQueries") -> "DistanceError | None":
         return None
 
 
-def error_arrays(error: "DistanceError | None") -> Answers:
+def error_arrays(error: DistanceError | None) -> Answers:
     """The same as named numbers, for a file of arrays."""
     if error is None:
         return {}
@@ -95,7 +75,7 @@ def error_arrays(error: "DistanceError | None") -> Answers:
     return {f"distance_error_{name}": np.array(getattr(error, name)) for name in names}
 
 
-def _in_parts(field: "FieldQueries", points: NDArray[np.float64], order: int) -> tuple[NDArray[np.float64], ...]:
+def _in_parts(field: FieldQueries, points: NDArray[np.float64], order: int) -> tuple[NDArray[np.float64], ...]:
     """What the field has `at` points (n, 3), without their unit copies all being there at once."""
     out = tuple(np.empty((len(points), *shape)) for shape in ((), (3,))[: order + 1])
     for start in range(0, len(points), AT_A_TIME):

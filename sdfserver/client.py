@@ -32,7 +32,6 @@ from pydantic import BaseModel, ValidationError
 
 import sdfserver
 from sdfserver import schemas
-from sdfserver.asking import MEANS, What
 from sdfserver.errors import (
     ApiError,
     BusyError,
@@ -46,6 +45,7 @@ from sdfserver.errors import (
     ServiceError,
 )
 from sdfserver.files import known_extension, open_cloud, printable, reason, replacing
+from sdfserver.questions import MEANS, What
 from sdfserver.schemas import JobState
 
 if TYPE_CHECKING:
@@ -353,7 +353,7 @@ class Job:
     ) -> "dict[str, NDArray[Any]]":
         """What the field says of (n, 3) points, in world units, by name; any number of them: they are sent in parts.
 
-        what: one or more of the names in sdfserver.asking.MEANS, which says what comes of each.
+        what: one or more of the names in sdfserver.questions.MEANS, which says what comes of each.
 
         Beside that `distance_error_mean`, `_p95` and `_max` tell how far the field is from a distance within
         `distance_error_band` of its surface. Raises ConfigError unless the points are finite, ApiError where closest
@@ -371,7 +371,7 @@ class Job:
     ) -> "dict[str, NDArray[Any]]":
         """Where rays from (n, 3) origins along (n, 3) directions first cross the surface, as `query`.
 
-        The arrays are those of sdfserver.asking.RAYS_MEAN; NaN where a ray does not hit.
+        The arrays are those of sdfserver.questions.RAYS_MEAN; NaN where a ray does not hit.
         """
         arrays = {
             "origins": _finite_rows(origins, "origins"),
@@ -427,7 +427,7 @@ class Job:
             stream = io.BytesIO()
             part: dict[str, Any] = {name: array[start : start + rows] for name, array in arrays.items()}
             np.savez(stream, **part)
-            headers = {"Content-Type": "application/x-npz", "Accept-Encoding": "identity"}
+            headers = {"Content-Type": "application/octet-stream", "Accept-Encoding": "identity"}
             response = self._client._request(
                 "POST", f"{_job_path(self.id)}/sdf.npz", params=params, content=stream.getvalue(), headers=headers
             )

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from sdfserver.asking import MEANS, RAYS_MEAN, What
+from sdfserver.questions import MEANS, RAYS_MEAN, What
 
 Preset = Literal["draft", "standard", "fine", "paper"]
 MeshFormat = Literal["ply", "glb", "obj", "stl", "off"]

@@ -6,7 +6,8 @@ from typing import get_args
 import numpy as np
 from test_queries import Exact, sphere_distance, spread, torus_distance, world
 
-from sdfserver.asking import MEANS, RAYS_MEAN, What, ask, ask_rays, distance_error_of, error_arrays
+from sdfserver.asking import ask, ask_rays, distance_error_of, error_arrays
+from sdfserver.questions import MEANS, RAYS_MEAN, What
 
 EVERYTHING = get_args(What)
 

@@ -13,12 +13,13 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from numpy.typing import NDArray
 
-from sdfserver.asking import Answers, What, ask, ask_rays, distance_error_of, error_arrays
+from sdfserver.asking import Answers, ask, ask_rays, distance_error_of, error_arrays
 from sdfserver.errors import CloudFormatError, ConfigError, FieldFormatError, MissingDependencyError, NoSurfaceError
 from sdfserver.export.grids import MAX_NODES, MIN_NODES, VoxelGrid
 from sdfserver.export.slices import MIN_CELLS, Axis, Plane, slice_field, to_dxf, to_svg
 from sdfserver.formats.arrays import read_rows
 from sdfserver.queries import DistanceError
+from sdfserver.questions import What
 from sdfserver.saved import SavedField
 from sdfserver.schemas import DistanceError as SaidError
 from sdfserver.schemas import SdfRequest, SdfResponse, SliceFormat
@@ -78,7 +79,7 @@ _NPZ_BODY = {
         "required": True,
         "description": "What `numpy.savez` writes: `points` (n, 3), or `origins` and `directions` (n, 3), or all, "
         "of numbers. GET /v1/options tells how many rows they may have (`npz_query_points`).",
-        "content": {NPZ: {"schema": {"type": "string", "format": "binary", "minLength": 1}}},
+        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary", "minLength": 1}}},
     }
 }
 

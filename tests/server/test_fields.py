@@ -11,41 +11,22 @@ from urllib.parse import unquote
 
 import numpy as np
 import pytest
-import torch
+from balls import CENTER, SCALE, ball_field
 from server.helpers import Api, App, is_problem
 
-from sdfserver.asking import MEANS
 from sdfserver.client import Client, Job
-from sdfserver.cloud import Frame
-from sdfserver.config import NetworkConfig
 from sdfserver.errors import ApiError, ConfigError, OutputError
 from sdfserver.field import SignedDistanceField
+from sdfserver.questions import MEANS
 from sdfserver.server import field_routes
 from sdfserver.server.artifacts import FIELD
-from sdfserver.siren import Siren
 
-NPZ = {"Content-Type": "application/x-npz"}
-CENTER, SCALE = np.array([432_100.25, 5_411_200.5, 312.125]), 0.02
-
-
-def a_ball() -> SignedDistanceField:
-    """About a ball of radius 0.6 in the unit frame: a network whose last layer was fitted by least squares."""
-    siren = Siren(NetworkConfig(hidden=64, layers=2, omega=6.0), generator=torch.Generator().manual_seed(0))
-    x = torch.rand(20_000, 3, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    with torch.no_grad():
-        h = x
-        for weight, bias in siren._scaled_layers(torch.float32)[:-1]:
-            h = (h @ weight + bias).sin()
-        ones = torch.ones(len(h), 1)
-        found = torch.linalg.lstsq(torch.cat([h, ones], dim=1), x.norm(dim=1, keepdim=True) - 0.6).solution
-        siren.weights[-1].copy_(found[:-1].T)
-        siren.biases[-1].copy_(found[-1])
-    return SignedDistanceField(siren, Frame(center=CENTER, scale=SCALE))
+NPZ = {"Content-Type": "application/octet-stream"}
 
 
 @pytest.fixture(scope="module")
 def field() -> SignedDistanceField:
-    return a_ball()
+    return ball_field()
 
 
 @pytest.fixture(scope="module")
