@@ -109,6 +109,8 @@ def test_the_svg_holds_the_outline_upwards_in_world_units(far: bool) -> None:
     drawn = points * [1, -1]
     assert ((drawn > [x, y]) & (drawn < [x + width, y + height])).all()
     np.testing.assert_allclose([width, height], 1.4 * 1.1 / SCALE, rtol=1e-3)
+    whole = ET.fromstring(to_svg(found, whole=True)).get("viewBox", "")  # noqa: S314 - our own
+    np.testing.assert_allclose(list(map(float, whole.split()))[2:], 2 * 1.1 / SCALE, rtol=1e-6)
     # Its top, which is its largest y, is what a viewer draws highest.
     assert drawn[:, 1].min() == pytest.approx(offset[1] - (field.frame.center[1] + 0.9 / SCALE), rel=1e-4)
 

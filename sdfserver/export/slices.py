@@ -147,12 +147,14 @@ def slice_field(field: FieldQueries, plane: Plane, *, resolution: int = 256) -> 
     return Slice(plane=plane, curves=tuple(curves), low=low / scale, high=(low + size) / scale, spacing=h / scale)
 
 
-def to_svg(cut: Slice) -> str:
+def to_svg(cut: Slice, *, whole: bool = False) -> str:
     """The slice as SVG, its viewBox in world units, y upwards; one unit is one of the cloud's.
+
+    whole: show all that was looked at, and not just the outlines: the same view wherever the plane is.
 
     Coordinates far from the origin are shifted: `data-offset` says by how much; add it to get the plane's own.
     """
-    low, high = _extent(cut)
+    low, high = (cut.low, cut.high) if whole else _extent(cut)
     size = float((high - low).max()) or 1.0
     low, high = low - MARGIN * size, high + MARGIN * size
     offset = np.zeros(2)

@@ -205,6 +205,9 @@ def get_slice(
         float | None,
         Query(allow_inf_nan=False, description="Where on that axis; by default in the middle of the field's cube."),
     ] = None,
+    share: Annotated[
+        float | None, Query(ge=0, le=1, description="The same as a share of that cube, from its low face to its high.")
+    ] = None,
     normal: Annotated[
         str | None, Query(pattern=_VECTOR, max_length=200, description="X,Y,Z: across this direction instead.")
     ] = None,
@@ -212,6 +215,9 @@ def get_slice(
         str | None, Query(pattern=_VECTOR, max_length=200, description="X,Y,Z: through this point, for `normal`.")
     ] = None,
     resolution: Annotated[int, Query(ge=MIN_CELLS, le=_MOST_CELLS, description="Cells along the longer side.")] = 256,
+    whole: Annotated[
+        bool, Query(description="For SVG: show the whole cube's section, the same view wherever the plane is.")
+    ] = False,
     format: Annotated[SliceFormat, Query()] = "svg",  # noqa: A002 - the name is the interface's
 ) -> Response:
     """Where a plane cuts the surface: polylines in world units, closed where the outline is.
@@ -220,16 +226,17 @@ def get_slice(
     other direction they are relative to `origin`, which is the middle of the field's cube by default, with z upwards.
     """
     field = _field(service, row)
-    middle = field.frame.center
+    middle, half = field.frame.center, 1 / field.frame.scale
     with _refusing(), np.errstate(all="ignore"):
         if normal is not None:
             plane = Plane.through(middle if origin is None else _vector("origin", origin), _vector("normal", normal))
         elif origin is not None:
             raise ConfigError("origin has no effect without normal; give that as well, or axis and at")
         else:
-            plane = Plane.across(axis, float(middle["xyz".index(axis)]) if at is None else at)
+            along = (0.5 if share is None else share) * 2 - 1
+            plane = Plane.across(axis, float(middle["xyz".index(axis)] + half * along) if at is None else at)
         cut = slice_field(field, plane, resolution=resolution)
-        text = to_svg(cut) if format == "svg" else to_dxf(cut)
+        text = to_svg(cut, whole=whole) if format == "svg" else to_dxf(cut)
     return Response(text, media_type=_SLICE_TYPES[format], headers=_named(row, f"-slice.{format}"))
 
 
@@ -250,7 +257,10 @@ def _vector(name: str, text: str) -> list[float]:
 async def get_grid(
     service: TheService,
     row: FinishedJob,
-    resolution: Annotated[int, Query(ge=MIN_NODES, le=MAX_NODES, description="Nodes along each side.")] = 128,
+    resolution: Annotated[
+        int | None,
+        Query(ge=MIN_NODES, le=MAX_NODES, description="Nodes along each side; by default 128, or the most allowed."),
+    ] = None,
     true_distances: Annotated[
         bool, Query(description="To the closest point of the surface, in place of the field's own values; slow.")
     ] = False,
@@ -261,6 +271,7 @@ async def get_grid(
     and its like as with sdf.npz. It is sent while it is computed.
     """
     most = service.settings.max_grid_resolution
+    resolution = min(128, most) if resolution is None else resolution
     if resolution > most:
         raise ProblemError("invalid", f"resolution is {resolution}; this server takes {most} at most")
     if true_distances and resolution**3 > service.settings.max_npz_query_points:

@@ -236,6 +236,8 @@ def test_a_slice_is_a_drawing(job: tuple[Api, str]) -> None:
     assert "through 0, 0, 312.125" in answer.text
     dxf = api.get(f"{url}/slice", params={"format": "dxf", "axis": "x", "at": CENTER[0] + 10, "resolution": 64})
     assert dxf.text.count("POLYLINE") == 1
+    shared = api.get(f"{url}/slice", params={"format": "dxf", "axis": "x", "share": 0.6, "resolution": 64})
+    assert shared.text == dxf.text
     aside = api.get(f"{url}/slice", params={"normal": "1,1,0"})
     assert aside.text.count(" Z") == 1
     empty = api.get(f"{url}/slice", params={"normal": "0,0,1", "origin": "0,0,0"})
@@ -250,6 +252,7 @@ def test_what_is_no_slice_or_grid_is_refused(job: tuple[Api, str]) -> None:
         is_problem(api.get(f"{url}/{what}", params=params), 422, "invalid", *said)
 
     refused("slice", "axis", "'w'", axis="w")
+    refused("slice", "share", share=1.5)
     refused("slice", "at", at="nan")
     refused("slice", "normal", normal="1,2")
     refused("slice", "'1,2,e'", normal="1,2,e")
