@@ -50,7 +50,7 @@ def info(
 ) -> None:
     """Say what a field is: its networks and its frame, how far it is from a distance, volume and area.
 
-    Volume and area are those of meshes of 192 cells along each side; the tolerance is what they changed from 96.
+    Volume and area are extrapolated from meshes of 96 and of 192 cells along each side; the tolerance is by how much.
     """
     read = _read(field)
     from sdfserver.asking import distance_error_of

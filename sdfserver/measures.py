@@ -16,8 +16,10 @@ class Measures:
     """Of the surface phi = 0 in the field's cube, in world units.
 
     low, high: (3,) the corners of its box. volume: of what it encloses, None where it is not closed.
-    *_tolerance: how much the finer mesh changed the figure. A mesh's error falls by four when its cells are halved, so
-    that this is about three times the error that is left.
+
+    A mesh's vertices lie on the surface and its edges do not, so that it has too little of both, by a quarter as much
+    when its cells are half as wide. Hence the figures are extrapolated from two meshes (Richardson 1911), and the
+    tolerance is what that added.
     """
 
     low: NDArray[np.float64]
@@ -36,11 +38,13 @@ def measure(field: SignedDistanceField, *, resolution: int = 192) -> Measures:
         mesh = to_world(surface, field.frame)
         found.append((mesh_health(mesh, device=field.device), not leaves_the_cube(surface, cells)))
     (coarse, _), (fine, closed) = found
+    area = (fine.area - coarse.area) / 3
+    volume = (fine.volume - coarse.volume) / 3
     return Measures(
         low=mesh.vertices.min(axis=0),
         high=mesh.vertices.max(axis=0),
-        area=fine.area,
-        area_tolerance=abs(fine.area - coarse.area),
-        volume=fine.volume if closed else None,
-        volume_tolerance=abs(fine.volume - coarse.volume) if closed else None,
+        area=fine.area + area,
+        area_tolerance=abs(area),
+        volume=fine.volume + volume if closed else None,
+        volume_tolerance=abs(volume) if closed else None,
     )

@@ -38,7 +38,7 @@ class VoxelGrid:
 
     box: (2, 3) the low and the high corner, world units; by default the cube that the field was fitted in.
     true_distances: to the closest point of the surface, in place of the field's own values: far from the surface
-    these are no distances, but they take a fiftieth of the time.
+    these are no distances, but they take a thirtieth of the time.
 
     Raises ConfigError for a resolution out of its range or a box beyond the cube, NoSurfaceError where true distances
     are asked for and the field has no surface.
