@@ -213,10 +213,13 @@ class SavedField(FieldQueries):
     levels: tuple[Level, ...]
     frame: Frame
 
-    def evaluate(self, points: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """The signed distance (n,) at `points` (n, 3), and its gradient (n, 3)."""
-        phi, gradient = self.at(self.frame.to_unit(points), 1)
-        return phi / self.frame.scale, gradient
+    def evaluate(self, points: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Signed distance (n,), world units, at `points` (n, 3), world units."""
+        return self.at(self.frame.to_unit(points), 0)[0] / self.frame.scale
+
+    def gradient(self, points: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Gradient (n, 3) of the signed distance at `points` (n, 3), world units; its length is about 1."""
+        return self.at(self.frame.to_unit(points), 1)[1]
 
     def at(self, x: NDArray[np.float64], order: int) -> tuple[NDArray[np.float64], ...]:
         """At unit points x (n, 3): the value (n,), from order 1 on the gradient, for order 2 the Hessian as well."""

@@ -85,8 +85,8 @@ def onnx_difference(model: bytes, field: SavedField, *, samples: int = 4096, bat
     for start in range(0, samples, batch):
         part = points[start : start + batch]
         sdf, gradient = session.run(["sdf", "gradient"], {"points": part})
-        value, slope = field.evaluate(part)
-        worst = np.maximum(worst, [np.abs(sdf - value).max(), np.abs(gradient - slope).max()])
+        off = np.abs(sdf - field.evaluate(part)).max(), np.abs(gradient - field.gradient(part)).max()
+        worst = np.maximum(worst, off)
     return float(worst[0]), float(worst[1])
 
 
