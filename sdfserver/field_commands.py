@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
-from sdfserver.errors import CloudError, ConfigError, FieldFormatError
+from sdfserver.errors import CloudError, ConfigError, FieldFormatError, SdfServerError
 from sdfserver.questions import MEANS, What
 
 if TYPE_CHECKING:
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
     from sdfserver.asking import Answers
     from sdfserver.saved import SavedField
+
+ONNX_TOLERANCE = 1e-4
+"""Of the cube's half side: hundreds of times what single precision rounds."""
 
 FieldArgument = Annotated[
     Path,
@@ -276,7 +279,7 @@ def onnx(
 ) -> None:
     """Write a field as ONNX: points (n, 3) float64 to sdf (n,) and gradient (n, 3), all in the cloud's own units.
 
-    Where onnxruntime is installed, what it computes from the file is compared with the field.
+    Where onnxruntime is installed, what it computes from the file is compared with the field before it is written.
     """
     _check_output(output, ("onnx",), field)
     read = _read(field)
@@ -284,15 +287,16 @@ def onnx(
     from sdfserver.export.network import onnx_difference, to_onnx
 
     model = to_onnx(read)
-    _write(output, model)
-    if quiet:
-        return
     try:
-        value, _ = onnx_difference(model, read)
-        checked = f"onnxruntime gives the field's values to within {value:.1g}"
+        off, _ = onnx_difference(model, read)
+        checked = f"onnxruntime gives the field's values to within {off:.1g}"
     except MissingDependencyError as missing:
-        checked = f"not compared with the field: {missing}"
-    _say(f"{output}: {len(model) / 1e6:.2f} MB; {checked}")
+        off, checked = 0.0, f"not compared with the field: {missing}"
+    if off > ONNX_TOLERANCE / read.frame.scale:
+        raise SdfServerError(f"onnxruntime gives values up to {off:.3g} off the field's, so nothing was written")
+    _write(output, model)
+    if not quiet:
+        _say(f"{output}: {len(model) / 1e6:.2f} MB; {checked}")
 
 
 # What they share

@@ -116,6 +116,16 @@ def test_onnx_is_written_and_compared(ball: Path, tmp_path: Path, capsys: pytest
         assert "gives the field's values to within" in text
 
 
+def test_onnx_that_computes_something_else_is_not_written(
+    ball: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("onnx")
+    monkeypatch.setattr("sdfserver.export.network.onnx_difference", lambda *_: (0.1, 0.0))
+    assert run("onnx", ball, "-o", tmp_path / "a.onnx") == 1
+    assert "values up to 0.1 off the field's" in said(capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

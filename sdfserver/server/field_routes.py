@@ -41,6 +41,7 @@ NPZ = "application/x-npz"
 _SLICE_TYPES: dict[SliceFormat, str] = {"svg": "image/svg+xml", "dxf": "image/vnd.dxf"}
 _VECTOR = r"^\s*[-+.\deE]+\s*,\s*[-+.\deE]+\s*,\s*[-+.\deE]+\s*$"
 _MOST_CELLS = 1024
+_QUICK = frozenset[What](("distance", "gradient", "inside"))
 _BLOCK = 1 << 20
 T = TypeVar("T")
 
@@ -55,13 +56,23 @@ router = APIRouter(prefix="/v1", tags=["field"])
     response_model=SdfResponse,
     responses=ABOUT_A_RESULT | answers("malformed", "too-large", "no-surface", "damaged"),
 )
-def query_field(service: TheService, row: FinishedJob, request: SdfRequest) -> SdfResponse:
+async def query_field(service: TheService, row: FinishedJob, request: SdfRequest) -> Response:
     """Ask the field: distances, gradients, closest points, curvature, inside or not, of points; hits, of rays.
 
     In the cloud's own units. `distances` are the field's own values: near the surface they are distances, as far as
     `distance_error` says, which comes with every answer; `true_distances` are distances everywhere, and take longer.
     """
-    asked: list[What] = [*request.what, *(["gradient"] if request.gradient else [])]  # type: ignore[list-item]
+    # What is quick does not wait behind what is slow: the page asks while a slider moves.
+    slow = request.origins is not None or not _QUICK.issuperset(request.what)
+    return await to_thread.run_sync(
+        partial(_json_answer, service, row, request), limiter=service.asking if slow else None
+    )
+
+
+def _json_answer(service: Service, row: Row, request: SdfRequest) -> Response:
+    asked: list[What] = [*request.what]
+    if request.gradient:
+        asked.append("gradient")
     found, error = _answers(
         _field(service, row),
         _array(request.points),
@@ -71,7 +82,9 @@ def query_field(service: TheService, row: FinishedJob, request: SdfRequest) -> S
         request.max_distance,
     )
     told = {name: _plain(array) for name, array in found.items()}
-    return SdfResponse(**told, distance_error=None if error is None else SaidError(**asdict(error)))
+    answer = SdfResponse(**told, distance_error=None if error is None else SaidError(**asdict(error)))
+    # As bytes, made here: a long answer would else be made where all others wait for it.
+    return Response(answer.model_dump_json(), media_type="application/json")
 
 
 _NPZ_BODY = {

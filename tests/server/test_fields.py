@@ -75,6 +75,11 @@ def test_the_links_are_there(job: tuple[Api, str]) -> None:
         assert links[name] == f"{url}/{name}"
 
 
+def test_the_options_tell_the_limits(job: tuple[Api, str]) -> None:
+    limits = job[0].get("/v1/options").json()["limits"]
+    assert (limits["query_points"], limits["npz_query_points"], limits["grid_resolution"]) == (100_000, 1_000_000, 256)
+
+
 def test_everything_can_be_asked_in_json(job: tuple[Api, str], field: SignedDistanceField) -> None:
     api, url = job
     where = points(40)
@@ -193,23 +198,28 @@ def test_npz_that_cannot_be_used_is_refused_before_it_takes_memory(job: tuple[Ap
 def test_the_service_answers_others_while_it_computes(
     job: tuple[Api, str], app: App, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both places for what takes long are taken, and a third waits for one; others do not notice."""
+    """Both places for what takes long are taken, and a third waits for one; who asks for less does not notice."""
     api, url = job
     began, go_on = threading.Semaphore(0), threading.Event()
     real = field_routes._answers
 
-    def slow(*arguments: Any) -> Any:
-        began.release()
-        assert go_on.wait(60)
-        return real(*arguments)
+    def slow(field: Any, where: Any, what: list[str], *more: Any) -> Any:
+        if "closest" in what:
+            began.release()
+            assert go_on.wait(60)
+        return real(field, where, what, *more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(field_routes, "_answers", slow)
-    body, results = packed(points=points(2)), []
+    where, results = points(2), []
 
-    def ask() -> None:
-        results.append(api.post(f"{url}/sdf.npz", content=body, headers=NPZ).status_code)
+    def ask(packed_too: bool) -> None:
+        if packed_too:
+            answer = api.post(f"{url}/sdf.npz", params={"what": "closest"}, content=packed(points=where), headers=NPZ)
+        else:
+            answer = api.post(f"{url}/sdf", json={"what": ["closest"], "points": where.tolist()})
+        results.append(answer.status_code)
 
-    threads = [threading.Thread(target=ask) for _ in range(3)]
+    threads = [threading.Thread(target=ask, args=[i % 2 == 0]) for i in range(3)]
     for thread in threads:
         thread.start()
     try:
@@ -218,6 +228,7 @@ def test_the_service_answers_others_while_it_computes(
         start = time.monotonic()
         assert api.get(url).status_code == 200
         assert api.get(f"{url}/slice", params={"resolution": 16}).status_code == 200
+        assert api.post(f"{url}/sdf", json={"points": where.tolist()}).status_code == 200
         assert time.monotonic() - start < 20
         assert not began.acquire(timeout=0.5)
     finally:

@@ -36,8 +36,9 @@ export class JobView {
     });
     $("downloads").replaceChildren(
       ...FORMATS.map((format) => this.download(format.toUpperCase(), `mesh?format=${format}`)),
-      this.download("Field", "field"), this.download("ONNX", "onnx"), this.download("Grid", "grid"),
-      this.download("Report", "report"));
+      this.download("Field", "field", "The signed distance field, as safetensors"),
+      this.download("ONNX", "onnx", "The same, for programs that run ONNX"),
+      this.download("Grid", "grid", "Its values on a voxel grid, as NPZ"), this.download("Report", "report"));
   }
 
   act(id, does) {
@@ -57,8 +58,8 @@ export class JobView {
     }
   }
 
-  download(text, name) {
-    const button = make("button", { type: "button" }, text);
+  download(text, name, title = "") {
+    const button = make("button", { type: "button", title }, text);
     button.addEventListener("click", () => this.run(() => api.save(this.id, name), button));
     return button;
   }
