@@ -26,7 +26,8 @@ BLOCK = 16
 """Points of one local network that are evaluated together."""
 NEGLIGIBLE = 1e-6
 UNBENT = 1e-2
-FORMATS = ("sdfserver-field-1", "sdfserver-field-2")
+FORMAT, PARTITION_FORMAT = "sdfserver-field-1", "sdfserver-field-2"
+"""Of a single network, and of a coarse one with levels of local ones over it."""
 Floats = NDArray[np.float32]
 Rows = NDArray[np.int64]
 
@@ -315,8 +316,8 @@ def read_field(path: str | Path) -> SavedField:
         with safe_open(str(path), framework="numpy") as file:
             about = json.loads((file.metadata() or {})["sdfserver"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        if about["format"] not in FORMATS:
-            raise ValueError(f"its format is {about['format']!r}, and this version reads {' and '.join(FORMATS)}")
+        if about["format"] not in (FORMAT, PARTITION_FORMAT):
+            raise ValueError(f"its format is {about['format']!r}; this version reads {FORMAT} and {PARTITION_FORMAT}")
         return _field(about, tensors)
     except FileNotFoundError:
         raise
