@@ -8,7 +8,7 @@ export UV_CUSTOM_COMPILE_COMMAND="docker/lock.sh"
 # For every Python and platform that pyproject.toml allows, from wheels alone: the image compiles nothing.
 compile=(uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --only-binary :all: --no-config)
 
-"${compile[@]}" --extra las --extra e57 --extra trace "$@" -o docker/requirements.lock pyproject.toml
+"${compile[@]}" --extra las --extra e57 --extra onnx --extra trace "$@" -o docker/requirements.lock pyproject.toml
 python3 -c '
 import tomllib
 

@@ -27,11 +27,13 @@ from sdfserver.errors import (
     CloudError,
     ConfigError,
     DeviceError,
+    FieldFormatError,
     MissingDependencyError,
     OutputError,
     SdfServerError,
     ServiceError,
 )
+from sdfserver.field_commands import add_field_commands
 from sdfserver.server.commands import add_commands
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
     from sdfserver.cloud import PointCloud
     from sdfserver.progress import Progress
 
-USER_ERRORS = (CloudError, ConfigError, DeviceError, MissingDependencyError, OutputError)
+USER_ERRORS = (CloudError, ConfigError, DeviceError, FieldFormatError, MissingDependencyError, OutputError)
 """What the user can mend: exit code 2."""
 USER_STATUSES = (400, 401, 403, 413, 415, 422)
 """A server's way to say the same: in its refusal, or as the reason why a job failed."""
@@ -212,6 +214,7 @@ app = typer.Typer(
 )
 
 add_commands(app)
+add_field_commands(app)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -332,7 +335,7 @@ def reconstruct(
     if work_dir is None:
         points, strays, outliers = _prepare(cloud, remove_outliers=remove_outliers, estimate=estimate, sensor=sensor)
 
-    with _progress_bar(quiet=quiet) as show:
+    with progress_bar(quiet=quiet) as show:
         # Here, not above: torch takes seconds to load, and a mistake should not.
         from sdfserver.io import write_mesh
         from sdfserver.reconstruct import reconstruct as run
@@ -426,7 +429,7 @@ def submit(
     }
     from sdfserver.client import Client
 
-    with _progress_bar(quiet=quiet) as show:
+    with progress_bar(quiet=quiet) as show:
         on_retry = None if show is None else partial(_show_retry, show)
         with Client(url, api_key=api_key, on_retry=on_retry) as client:
             job = client.submit(
@@ -470,7 +473,7 @@ def demo(
 
     posted = sample("knot") if cloud is None else cloud
     _check_paths(posted, output, report=None, field=None)
-    with _progress_bar(quiet=quiet) as show:
+    with progress_bar(quiet=quiet) as show:
         report = run_demo(
             posted,
             output,
@@ -609,7 +612,7 @@ def compare(
     MeshConfig(resolution=resolution)
     open_cloud(cloud).close()
     _check_page_folder(out)
-    with _progress_bar(quiet=quiet) as show:
+    with progress_bar(quiet=quiet) as show:
         # Here, not above: torch takes seconds to load.
         from sdfserver.bench import reference_mesh
         from sdfserver.compare.page import write_page
@@ -748,7 +751,7 @@ class Show(Protocol):
 
 
 @contextmanager
-def _progress_bar(*, quiet: bool) -> Iterator[Show | None]:
+def progress_bar(*, quiet: bool) -> Iterator[Show | None]:
     """Draws a bar on standard error; None where nobody would see it."""
     if quiet or not sys.stderr.isatty():
         yield None

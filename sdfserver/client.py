@@ -11,6 +11,7 @@ sdfserver.errors says why. Nothing here needs torch.
 
 import base64
 import hashlib
+import io
 import ipaddress
 import json
 import os
@@ -19,10 +20,10 @@ import re
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Self, TypeVar, get_args, overload
 from urllib.parse import quote
 
 import httpx
@@ -44,6 +45,7 @@ from sdfserver.errors import (
     ServiceError,
 )
 from sdfserver.files import known_extension, open_cloud, printable, reason, replacing
+from sdfserver.questions import MEANS, What
 from sdfserver.schemas import JobState
 
 if TYPE_CHECKING:
@@ -56,6 +58,9 @@ FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 8.0
 LEAST_TRIES = 3
 """A try may take longer than all the time for retries: an upload that breaks late is still repeated."""
+
+QUICK_ROWS, SLOW_ROWS = 1 << 18, 1 << 14
+"""Points of a request whose answer takes seconds, on a slow server as well."""
 
 _BUSY = (429, 503)
 _GONE = (404, 410)
@@ -328,11 +333,7 @@ class Job:
 
         Any number of points: they are sent in parts. Raises ConfigError unless they are finite.
         """
-        where = np.asarray(points, dtype=np.float64)
-        if where.ndim != 2 or where.shape[1] != 3:
-            raise ConfigError(f"the points have shape {where.shape}; they must be (n, 3)")
-        if not np.isfinite(where).all():
-            raise ConfigError(f"{np.count_nonzero(~np.isfinite(where).all(axis=1))} points are not finite; drop them")
+        where = _finite_rows(points, "points")
         distances, gradients = np.empty(len(where)), np.empty((len(where) if gradient else 0, 3))
         for start in range(0, len(where), schemas.MAX_QUERY_POINTS):
             part = slice(start, start + schemas.MAX_QUERY_POINTS)
@@ -340,12 +341,101 @@ class Job:
             response = self._client._request("POST", f"{_job_path(self.id)}/sdf", json=body)
             answer = _parsed(schemas.SdfResponse, response)
             try:
-                distances[part] = answer.distances
+                distances[part] = answer.distances or ()
                 if gradient:
-                    gradients[part] = answer.gradients
+                    gradients[part] = answer.gradients or ()
             except (TypeError, ValueError):
                 raise _stranger(response) from None
         return (distances, gradients) if gradient else distances
+
+    def query(
+        self, points: "ArrayLike", what: What | Collection[What] = ("distance", "gradient")
+    ) -> "dict[str, NDArray[Any]]":
+        """What the field says of (n, 3) points, in world units, by name; any number of them: they are sent in parts.
+
+        what: one or more of the names in sdfserver.questions.MEANS, which says what comes of each.
+
+        Beside that `distance_error_mean`, `_p95` and `_max` tell how far the field is from a distance within
+        `distance_error_band` of its surface. Raises ConfigError unless the points are finite, ApiError where closest
+        points are asked for and there is no surface.
+        """
+        wanted = [what] if isinstance(what, str) else list(what)
+        for name in wanted:
+            if name not in MEANS:
+                raise ConfigError(f"a field cannot be asked for {name!r}; use one of {', '.join(MEANS)}")
+        rows = QUICK_ROWS if set(wanted) <= {"distance", "gradient", "inside"} else SLOW_ROWS
+        return self._ask({"points": _finite_rows(points, "points")}, {"what": wanted}, rows)
+
+    def cast(
+        self, origins: "ArrayLike", directions: "ArrayLike", *, max_distance: float | None = None
+    ) -> "dict[str, NDArray[Any]]":
+        """Where rays from (n, 3) origins along (n, 3) directions first cross the surface, as `query`.
+
+        The arrays are those of sdfserver.questions.RAYS_MEAN; NaN where a ray does not hit.
+        """
+        arrays = {
+            "origins": _finite_rows(origins, "origins"),
+            "directions": _finite_rows(directions, "directions"),
+        }
+        if len(arrays["origins"]) != len(arrays["directions"]):
+            counts = f"{len(arrays['origins'])} origins and {len(arrays['directions'])} directions"
+            raise ConfigError(f"there are {counts}; give as many")
+        params = {} if max_distance is None else {"max_distance": str(max_distance)}
+        return self._ask(arrays, params, SLOW_ROWS)
+
+    def download_slice(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        axis: Literal["x", "y", "z"] = "z",
+        at: float | None = None,
+        normal: "ArrayLike | None" = None,
+        origin: "ArrayLike | None" = None,
+        resolution: int = 256,
+    ) -> Path:
+        """Write where a plane cuts the surface to `path`, as .svg or .dxf: completely, or not at all.
+
+        The plane is axis = at, by default through the middle; or that across `normal` through `origin`.
+        """
+        params: dict[str, str] = {"format": known_extension(Path(path), get_args(schemas.SliceFormat))}
+        params |= {"axis": axis, "resolution": str(resolution)}
+        params |= {} if at is None else {"at": repr(float(at))}
+        for name, vector in (("normal", normal), ("origin", origin)):
+            if vector is not None:
+                params[name] = ",".join(repr(float(value)) for value in np.ravel(np.asarray(vector)))
+        return self._download("slice", path, params)
+
+    def download_grid(
+        self, path: str | os.PathLike[str], *, resolution: int = 128, true_distances: bool = False
+    ) -> Path:
+        """Write the field at the nodes of a grid to `path`, as NPZ (sdfserver.export.grids says what is in it)."""
+        known_extension(Path(path), ("npz",))
+        params = {"resolution": str(resolution), "true_distances": str(true_distances).lower()}
+        return self._download("grid", path, params)
+
+    def download_onnx(self, path: str | os.PathLike[str]) -> Path:
+        """Write the field to `path` as ONNX: points (n, 3) float64 to sdf (n,) and gradient (n, 3), world units."""
+        known_extension(Path(path), ("onnx",))
+        return self._download("onnx", path, {})
+
+    def _ask(
+        self, arrays: "dict[str, NDArray[np.float64]]", params: Mapping[str, Any], rows: int
+    ) -> "dict[str, NDArray[Any]]":
+        """The answers to all rows of `arrays`, of which some are sent at a time."""
+        count, found = len(next(iter(arrays.values()))), []
+        for start in range(0, max(count, 1), rows):
+            stream = io.BytesIO()
+            part: dict[str, Any] = {name: array[start : start + rows] for name, array in arrays.items()}
+            np.savez(stream, **part)
+            headers = {"Content-Type": "application/octet-stream", "Accept-Encoding": "identity"}
+            response = self._client._request(
+                "POST", f"{_job_path(self.id)}/sdf.npz", params=params, content=stream.getvalue(), headers=headers
+            )
+            found.append(_arrays_of(response, min(rows, count - start)))
+        return {
+            name: np.concatenate([part[name] for part in found]) if array.ndim else array
+            for name, array in found[0].items()
+        }
 
     def _refresh(self, deadline: float | None) -> schemas.Job:
         response = self._client._request("GET", _job_path(self.id), deadline=deadline)
@@ -611,6 +701,15 @@ def _numbers(array: Any) -> "NDArray[Any]":
         raise CloudError(f"the cloud is no array of numbers ({reason(error)}); give (n, 3) points") from None
 
 
+def _finite_rows(values: "ArrayLike", what: str) -> "NDArray[np.float64]":
+    rows = np.asarray(values, dtype=np.float64)
+    if rows.ndim != 2 or rows.shape[1] != 3:
+        raise ConfigError(f"the {what} have shape {rows.shape}; they must be (n, 3)")
+    if not np.isfinite(rows).all():
+        raise ConfigError(f"{np.count_nonzero(~np.isfinite(rows).all(axis=1))} {what} are not finite; drop them")
+    return rows
+
+
 class _Counted:
     """A file that says how much of it was read: what httpx needs of one, and no more."""
 
@@ -634,6 +733,18 @@ class _Counted:
 
 
 # What comes back
+
+
+def _arrays_of(response: httpx.Response, rows: int) -> "dict[str, NDArray[Any]]":
+    """The arrays of an answer: of so many rows, or single numbers."""
+    try:
+        with np.load(io.BytesIO(response.content), allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except Exception:  # noqa: BLE001 - zipfile raises a dozen kinds
+        raise _stranger(response) from None
+    if any(array.ndim and len(array) != rows for array in arrays.values()):
+        raise _stranger(response)
+    return arrays
 
 
 def _json(response: httpx.Response) -> Any:

@@ -20,10 +20,9 @@ from sdfserver.errors import ConfigError, FieldFormatError
 from sdfserver.files import replacing
 from sdfserver.local import LocalLevel, LocalSirens, PartitionOfUnity
 from sdfserver.queries import FieldQueries
+from sdfserver.saved import FORMAT, PARTITION_FORMAT
 from sdfserver.siren import Siren
 
-FORMAT, PARTITION_FORMAT = "sdfserver-field-1", "sdfserver-field-2"
-"""Of a single network, and of a coarse one with levels of local ones over it."""
 CHUNK = 65_536
 BENT_CHUNK = 8192, 65_536
 """Points whose second derivatives are taken at a time, on a CPU and elsewhere."""

@@ -329,13 +329,13 @@ class FieldQueries:
             crossed.append(going[changed])
             going = going[~changed & (t[going] < end[going])]
         rows = np.concatenate(crossed) if crossed else np.empty(0, np.int64)
-        out[rows] = self._between(start[rows], way[rows], before[rows], t[rows], phi[rows], ahead[rows])
+        out[rows] = self.between(start[rows], way[rows], before[rows], t[rows], phi[rows], ahead[rows])
         if len(rows):
             g = self.at(start[rows] + out[rows, None] * way[rows], 1)[1]
             normals[rows] = g / np.maximum(np.linalg.norm(g, axis=1, keepdims=True), 1e-12)
         return out, normals
 
-    def _between(
+    def between(
         self, start: Floats, way: Floats, low: Floats, high: Floats, phi_low: Floats, phi_high: Floats
     ) -> Floats:
         """Where phi changes sign between `low` and `high` (n,): the Illinois method, which keeps it between the two."""

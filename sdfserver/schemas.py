@@ -10,9 +10,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from sdfserver.config import SurfaceKind
+from sdfserver.questions import MEANS, RAYS_MEAN, What
 
 Preset = Literal["draft", "standard", "fine", "paper"]
 MeshFormat = Literal["ply", "glb", "obj", "stl", "off"]
+SliceFormat = Literal["svg", "dxf"]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Point = Annotated[list[Finite], Field(min_length=3, max_length=3)]
 
@@ -154,6 +156,10 @@ class Links(BaseModel):
     field: str | None = None
     meshes: str | None = None
     sdf: str | None = None
+    sdf_npz: str | None = None
+    slice: str | None = None
+    grid: str | None = None
+    onnx: str | None = None
     restart: str | None = None
     parent: str | None = None
 
@@ -195,21 +201,79 @@ class JobPage(BaseModel):
 
 
 class SdfRequest(_Model):
-    """Points at which to evaluate the field."""
+    """What to ask a field: of points, of rays, or of both."""
 
     model_config = ConfigDict(
-        strict=True, json_schema_extra={"examples": [{"points": [[0.0, 0.0, 0.5]], "gradient": True}]}
+        strict=True,
+        json_schema_extra={
+            "examples": [
+                {"points": [[0.0, 0.0, 0.5]], "what": ["distance", "gradient", "closest"]},
+                {"origins": [[0.0, 0.0, 9.0]], "directions": [[0.0, 0.0, -1.0]]},
+            ]
+        },
     )
 
-    points: Annotated[list[Point], Field(min_length=1, max_length=MAX_QUERY_POINTS)]
-    gradient: Annotated[bool, Field(description="Also return the gradient at each point.")] = False
+    points: Annotated[list[Point] | None, Field(min_length=1, max_length=MAX_QUERY_POINTS)] = None
+    what: Annotated[
+        list[What],
+        Field(max_length=len(MEANS), description="Of the points. " + "; ".join(f"{k}: {v}" for k, v in MEANS.items())),
+    ] = ["distance"]
+    gradient: Annotated[bool, Field(description="The same as `gradient` in `what`.")] = False
+    origins: Annotated[
+        list[Point] | None,
+        Field(min_length=1, max_length=MAX_QUERY_POINTS, description=f"Where rays begin; answered by {RAYS_MEAN}."),
+    ] = None
+    directions: Annotated[
+        list[Point] | None,
+        Field(min_length=1, max_length=MAX_QUERY_POINTS, description="Where they go, of any length but 0; as many."),
+    ] = None
+    max_distance: Annotated[
+        Finite | None, Field(gt=0, description="Crossings farther from the origin of a ray do not count.")
+    ] = None
+
+    @model_validator(mode="after")
+    def _asks_something(self) -> "SdfRequest":
+        if self.points is None and self.origins is None:
+            raise ValueError("there is nothing to answer; give points, or origins and directions of rays")
+        if (self.origins is None) != (self.directions is None):
+            raise ValueError("rays need both origins and directions; give both")
+        if self.origins is not None and self.directions is not None and len(self.origins) != len(self.directions):
+            raise ValueError(
+                f"there are {len(self.origins)} origins and {len(self.directions)} directions; give as many"
+            )
+        return self
+
+
+class DistanceError(BaseModel):
+    """How far a field is from being a distance near its surface: | |grad phi| - 1 |, which is 0 for a distance."""
+
+    mean: float
+    p95: float
+    max: float
+    band: Annotated[float, Field(description="How near to the surface, on either side.")]
+    samples: Annotated[int, Field(description="How many points were looked at.")]
+
+
+Row = list[float]
 
 
 class SdfResponse(BaseModel):
-    """The field at the points asked for: negative inside."""
+    """The answers to what was asked, one for each point or ray; the others are null, and so is what a ray missed."""
 
-    distances: list[float]
-    gradients: list[list[float]] | None = None
+    distances: list[float] | None = None
+    gradients: list[Row] | None = None
+    true_distances: list[float] | None = None
+    closest_points: list[Row] | None = None
+    mean_curvatures: list[float | None] | None = None
+    gaussian_curvatures: list[float | None] | None = None
+    inside: list[bool] | None = None
+    hits: list[bool] | None = None
+    ray_distances: list[float | None] | None = None
+    hit_points: list[Row | None] | None = None
+    hit_normals: list[Row | None] | None = None
+    distance_error: Annotated[
+        DistanceError | None, Field(description="Measured on this field; null where it has no surface.")
+    ] = None
 
 
 class PresetInfo(BaseModel):
@@ -230,7 +294,9 @@ class ServerLimits(BaseModel):
     queue_length: int
     jobs_per_key: int
     job_seconds: float
-    query_points: int
+    query_points: Annotated[int, Field(description="Points or rays of a query in JSON.")]
+    npz_query_points: Annotated[int, Field(description="The same as NPZ.")]
+    grid_resolution: Annotated[int, Field(description="Nodes of a voxel grid along its longest side.")]
     retention_seconds: float
 
 

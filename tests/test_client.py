@@ -851,14 +851,14 @@ def test_a_terminal_sees_the_upload_the_queue_and_the_time_left(
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "160")
     shown: list[tuple[Any, ...]] = []
-    bar = cli._progress_bar
+    bar = cli.progress_bar
 
     @contextmanager
     def watched(*, quiet: bool) -> Iterator[Callable[..., None]]:
         with bar(quiet=quiet) as show:
             yield lambda *details: (shown.append(details), show(*details))[0]
 
-    monkeypatch.setattr(cli, "_progress_bar", watched)
+    monkeypatch.setattr(cli, "progress_bar", watched)
     service.refusals["POST /v1/jobs"] = [problem(503, "it is [bold]starting[/]")]
     service.events = [
         job_of(state="queued", queue_position=3),

@@ -239,7 +239,7 @@ def check_locked(requirements: Sequence[str], entries: Mapping[str, Sequence[Loc
 
 def test_the_lock_file_has_what_pyproject_asks_for_and_nothing_else(docker: Path, project: dict[str, Any]) -> None:
     extras = project["project"]["optional-dependencies"]
-    wanted = [*project["project"]["dependencies"], *extras["las"], *extras["e57"], *extras["trace"]]
+    wanted = [*project["project"]["dependencies"], *extras["las"], *extras["e57"], *extras["onnx"], *extras["trace"]]
     entries = locked(docker / "requirements.lock")
     check_locked(wanted, entries)
     direct = {name for name, entry in entries.items() if any("sdfserver" in one.via for one in entry)}

@@ -12,8 +12,7 @@ from sdfserver.config import LocalNetworkConfig, NetworkConfig
 from sdfserver.errors import FieldFormatError
 from sdfserver.field import SignedDistanceField
 from sdfserver.local import CellGrid, LocalLevel, LocalSirens, PartitionOfUnity
-from sdfserver.server.artifacts import Artifacts
-from sdfserver.server.fields import SavedField, load
+from sdfserver.saved import read_field
 from sdfserver.siren import Siren
 
 UTM = np.array([432_100.25, 5_411_200.5, 312.125])
@@ -91,29 +90,24 @@ def test_a_saved_field_of_many_networks_comes_back_to_the_bit(tmp_path: Path) ->
     assert back.detail == field.detail > small_field().detail / 3
 
 
-def in_the_api(path: Path) -> SavedField:
-    """The field as the API reads it."""
-    return load(Artifacts(path.parent), path)
-
-
 @pytest.mark.parametrize("make", [small_field, refined_field])
 def test_what_the_api_computes_with_numpy_is_the_field(make: Callable[[], SignedDistanceField], tmp_path: Path) -> None:
     field = make()
     field.save(tmp_path / "f.safetensors")
-    saved = in_the_api(tmp_path / "f.safetensors")
-    value, gradient = saved.evaluate(near(20_000))
+    saved = read_field(tmp_path / "f.safetensors")
+    value, gradient = saved.evaluate(near(20_000)), saved.gradient(near(20_000))
     np.testing.assert_allclose(value, field.evaluate(near(20_000)), atol=1e-4 * np.abs(value).max())
     np.testing.assert_allclose(gradient, field.gradient(near(20_000)), atol=1e-3 * np.abs(gradient).max())
     x = field.frame.to_unit(near(5000))
-    for found, expected in zip(saved.at(x, 2), field.at(x, 2), strict=True):
+    for found, expected in (pair for i in range(3) for pair in zip(saved.at(x, i), field.at(x, i), strict=True)):
         np.testing.assert_allclose(found, expected, atol=1e-3 * np.abs(expected).max())
 
 
 def test_the_api_s_field_holds_far_outside_the_cube(tmp_path: Path) -> None:
     refined_field().save(tmp_path / "f.safetensors")
     outside = UTM + np.full((3, 3), 500.0)
-    saved = in_the_api(tmp_path / "f.safetensors")
-    value, gradient = saved.evaluate(outside)
+    saved = read_field(tmp_path / "f.safetensors")
+    value, gradient = saved.evaluate(outside), saved.gradient(outside)
     assert value.shape == (3,)
     assert np.isfinite(gradient).all()
     assert np.isfinite(saved.curvature(outside).mean).all()

@@ -53,10 +53,12 @@ def test_the_import_is_light() -> None:
 
 def test_the_core_imports_without_what_is_optional() -> None:
     # A bare GPU machine has torch, numpy, scipy and scikit-image alone.
-    absent = ["open3d", "trimesh", "fast_simplification", "laspy", "pye57", "typer", "rich", "safetensors"]
+    absent = ["open3d", "trimesh", "fast_simplification", "laspy", "pye57", "typer", "rich", "safetensors", "onnx"]
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({absent})); "
-        "import sdfserver.io, sdfserver.normals, sdfserver.metrics, sdfserver.field, sdfserver.reconstruct"
+        "import sdfserver.io, sdfserver.normals, sdfserver.metrics, sdfserver.field, sdfserver.reconstruct; "
+        "import sdfserver.saved, sdfserver.asking, sdfserver.measures; "
+        "import sdfserver.export.slices, sdfserver.export.grids, sdfserver.export.network"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")

@@ -4,8 +4,9 @@ import io
 import math
 import warnings
 import zipfile
+from collections.abc import Collection
 from dataclasses import replace
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,6 +84,57 @@ def _colors_key(archive: zipfile.ZipFile, members: dict[str, zipfile.ZipInfo], p
         shapes.append(shape)
     fits = len(shape) == 2 and shape[1] in (3, 4) and shape[:1] == shapes[0][:1] and dtype.kind in "fiu"
     return key if fits else None
+
+
+def read_rows(stream: BinaryIO, names: Collection[str], most: int) -> dict[str, NDArray[np.float64]]:
+    """Those of the arrays `names` that an NPZ has, (n, 3) of numbers each, where n is `most` at most.
+
+    Nothing is allocated for what is not wanted, too long or no numbers: headers and directory are looked at first.
+    """
+    try:
+        _check_directory(stream)
+        with zipfile.ZipFile(stream) as archive:
+            members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+            if unknown := [name for name in members if name not in names]:
+                raise CloudFormatError(f"it has an array {quote(unknown[0])}; only {', '.join(names)} are known")
+            return {name: _read_rows(archive, info, most) for name, info in members.items()}
+    except CloudFormatError:
+        raise
+    except Exception as error:  # noqa: BLE001 - zipfile raises a dozen kinds on a damaged archive
+        raise CloudFormatError(f"it is not a sound NPZ archive ({reason(error)}); save it with numpy.savez") from None
+
+
+def _read_rows(archive: zipfile.ZipFile, info: zipfile.ZipInfo, most: int) -> NDArray[np.float64]:
+    name = printable(info.filename.removesuffix(".npy"))
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise CloudFormatError(f"the array '{name}' is neither stored nor deflated; save it with numpy.savez")
+    with archive.open(info) as stream:
+        header = _read_header(stream)
+        shape, _, dtype = header
+        if len(shape) != 2 or shape[1] != 3 or dtype.kind not in "fiu":
+            raise CloudFormatError(
+                f"the array '{name}' has shape {quote(str(shape))} of {quote(str(dtype))}; it must be (n, 3) numbers"
+            )
+        if shape[0] > most:
+            raise CloudFormatError(f"the array '{name}' has {shape[0]:,} rows; send {most:,} at a time, or fewer")
+        return _read_array(stream, header, info.file_size).astype(np.float64)
+
+
+_END_BYTES, _MAX_DIRECTORY = 22, 1 << 16
+
+
+def _check_directory(stream: BinaryIO) -> None:
+    """Refuse an archive whose directory is larger than that of any numpy writes, which zipfile reads as a whole."""
+    size = stream.seek(0, io.SEEK_END)
+    stream.seek(max(0, size - _END_BYTES - 20))
+    tail = stream.read()
+    locator, end = tail[:-_END_BYTES], tail[-_END_BYTES:]
+    if not end.startswith(b"PK\5\6") or locator.startswith(b"PK\6\7"):
+        raise CloudFormatError("it is not an NPZ archive as numpy.savez writes it; save it with that")
+    directory = int.from_bytes(end[12:16], "little")
+    if directory > _MAX_DIRECTORY:
+        raise CloudFormatError(f"its directory has {directory:,} bytes; save the arrays with numpy.savez")
+    stream.seek(0)
 
 
 def _check_packing(archive: zipfile.ZipFile, used: list[zipfile.ZipInfo], packed: int) -> None:

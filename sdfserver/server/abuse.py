@@ -16,7 +16,7 @@ from sdfserver.server.settings import Settings
 from sdfserver.server.views import JOBS
 
 MAX_JSON_BYTES = 16 * 2**20
-"""Of any body but a cloud."""
+"""Of any body but a cloud and points as NPZ."""
 STALL_SECONDS = 30.0
 """How long a body may stop coming."""
 SLOW_SECONDS, SLOW_BYTES = 60.0, 1024
@@ -27,7 +27,7 @@ ADDRESSES = 10_000
 
 
 class Bounded:
-    """Holds bodies to MAX_JSON_BYTES, but for clouds, which have a limit of their own; and all to a bearable pace."""
+    """Holds bodies to MAX_JSON_BYTES, but for files, which have limits of their own; and all to a bearable pace."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -38,7 +38,8 @@ class Bounded:
             await self._app(scope, receive, send)
             return
         declared, received = int(dict(scope["headers"]).get(b"content-length", b"0")), 0
-        limit = None if scope["path"] == JOBS else MAX_JSON_BYTES
+        is_file = scope["path"] == JOBS or scope["path"].endswith("/sdf.npz")
+        limit = None if is_file else MAX_JSON_BYTES
         began, more = time.monotonic(), True
 
         async def bounded() -> Message:

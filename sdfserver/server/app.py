@@ -21,7 +21,7 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sdfserver.server import page, tracing
+from sdfserver.server import field_routes, page, tracing
 from sdfserver.server.abuse import Bounded, Guesses
 from sdfserver.server.artifacts import ArtifactError, open_artifacts
 from sdfserver.server.following import Lookout
@@ -77,6 +77,7 @@ def create_app(settings: Settings) -> FastAPI:
             converting=asyncio.Semaphore(1),
             receiving=CapacityLimiter(8),
             creating=CapacityLimiter(1),
+            asking=CapacityLimiter(2),
             guesses=Guesses(),
         )
         yield
@@ -102,6 +103,7 @@ def create_app(settings: Settings) -> FastAPI:
     if tracing.set_up("api"):
         app.add_middleware(tracing.Traced)
     app.include_router(router)
+    app.include_router(field_routes.router)
     app.include_router(page.router)
     _add_service_routes(app, metrics)
     _add_handlers(app)
@@ -166,7 +168,8 @@ def _add_handlers(app: FastAPI) -> None:
         detail = f"{request.method} {request.url.path[:200]}: {error.detail}"
         headers = dict(error.headers or {})
         if error.status_code == 405:  # with the methods of all routes at this path, not of the first alone
-            routes = [route for route in (*app.routes, *router.routes, *page.router.routes) if isinstance(route, Route)]
+            routers = (app, router, field_routes.router, page.router)
+            routes = [route for one in routers for route in one.routes if isinstance(route, Route)]
             here = [route.methods or () for route in routes if route.matches(request.scope)[0] is not Match.NONE]
             headers["Allow"] = ", ".join(sorted(set().union(*here)))
         return problem_response(ProblemError(kind, detail, headers=headers), request.url.path)

@@ -33,6 +33,7 @@ KINDS: Mapping[str, tuple[int, str]] = {
     "died": (500, "The job's process died again and again"),
     "memory": (500, "The job needed too much memory"),
     "time": (500, "The job took too long"),
+    "missing": (501, "The server lacks a package for that"),
     "not-ready": (503, "The service is not ready"),
     "disk-full": (507, "The server's disk is full"),
 }

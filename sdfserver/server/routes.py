@@ -43,11 +43,9 @@ from sdfserver.schemas import (
     RestartOptions,
     Sample,
     SampleList,
-    SdfRequest,
-    SdfResponse,
     ServerLimits,
 )
-from sdfserver.server import fields, tracing
+from sdfserver.server import tracing
 from sdfserver.server.abuse import Guesses, check_browser
 from sdfserver.server.artifacts import FIELD, MESH, PICTURE, POINTS, PREVIEW, REPORT, Artifacts, DamagedError, Found
 from sdfserver.server.following import Lookout, Sighting
@@ -104,6 +102,8 @@ class Service:
     """Threads for what uploads write: others' answers do not wait for those."""
     creating: CapacityLimiter
     """One thread: new jobs are made one after the other, whoever waits for whom."""
+    asking: CapacityLimiter
+    """Threads for what takes long and much memory of a field: whoever comes later waits."""
     guesses: Guesses
 
 
@@ -192,14 +192,14 @@ def _file_of(*media_types: str) -> dict[int | str, dict[str, Any]]:
         206: {"description": "The part that Range asked for", "content": parts},
         304: {"description": "If-None-Match names what would be sent"},
         307: {"description": "Where the file can be had for a while, if it is kept elsewhere"},
-        **_ABOUT_A_RESULT,
+        **ABOUT_A_RESULT,
         **answers("range", "damaged"),
     }
 
 
 _ANY = answers("unauthorized", "forbidden", "guesses", "invalid", "not-ready")
 _ABOUT_A_JOB = _ANY | answers("not-found", "gone")
-_ABOUT_A_RESULT = _ABOUT_A_JOB | answers("state")
+ABOUT_A_RESULT = _ABOUT_A_JOB | answers("state")
 
 router = APIRouter(prefix="/v1")
 
@@ -489,7 +489,7 @@ async def follow_job(
                 yield ServerSentEvent(raw_data=job.model_dump_json(), event="queue")
 
 
-@router.post("/jobs/{job_id}/cancel", response_model=Job, responses=_ABOUT_A_RESULT, tags=["jobs"])
+@router.post("/jobs/{job_id}/cancel", response_model=Job, responses=ABOUT_A_RESULT, tags=["jobs"])
 def cancel_job(service: TheService, owner: Owner, row: TheJob) -> Job:
     """Stop a job, queued or running; stopping it twice is no error."""
     if not service.store.cancel(row.id, service.settings.retention_seconds) and row.state != JobState.CANCELLED:
@@ -523,7 +523,7 @@ async def get_mesh(
     if format != "ply" and not await _is_there(service, path):
         async with service.converting:
             if not await _is_there(service, path):
-                await _convert(service, path.with_name(MESH), path, _title(row))
+                await _convert(service, path.with_name(MESH), path, title_of(row))
     send = partial(_file, service, request, row, path, f".{format}", _MEDIA_TYPES[format])
     return await run_in_threadpool(send)
 
@@ -625,7 +625,7 @@ def get_picture(request: Request, service: TheService, row: FinishedJob) -> Resp
 )
 def get_field(request: Request, service: TheService, row: FinishedJob) -> Response:
     """The signed distance field, as safetensors."""
-    return _file(service, request, row, _field_path(service, row), ".safetensors", "application/octet-stream")
+    return _file(service, request, row, field_path(service, row), ".safetensors", "application/octet-stream")
 
 
 def _not_there(row: Row, what: str) -> ProblemError:
@@ -639,11 +639,13 @@ def _fit_folder(service: Service, row: Row) -> Path:
     return service.artifacts.fit(row.id, fitted)
 
 
-def _field_path(service: Service, row: Row) -> Path:
+def field_path(service: Service, row: Row) -> Path:
+    """Where the field of a job that has succeeded is."""
     return _fit_folder(service, row) / FIELD
 
 
-def _title(row: Row) -> str:
+def title_of(row: Row) -> str:
+    """What the job's downloads are called, without their ending."""
     return PurePosixPath(row.name).stem
 
 
@@ -662,7 +664,7 @@ def _file(
     if found is None:
         raise ProblemError("gone", f"job {row.id} and its files have been removed; upload the cloud again")
     headers |= _digest(service, row, path, found)
-    name = safe_name(_title(row) + ending)
+    name = safe_name(title_of(row) + ending)
     if found.path is not None:
         _check_range(request, found.size, etag)
         return FileResponse(found.path, media_type=media_type, filename=name, headers=headers)
@@ -733,7 +735,7 @@ def _check_range(request: Request, size: int, etag: str) -> None:
     "/jobs/{job_id}/meshes",
     status_code=202,
     response_model=Job,
-    responses=_ABOUT_A_RESULT
+    responses=ABOUT_A_RESULT
     | answers("malformed", "state", "idempotency", "too-large", "queue-full", "quota", "disk-full"),
     tags=["results"],
 )
@@ -814,24 +816,6 @@ def _create_from(
         raise ProblemError("gone", f"job {row.id} and its files have been removed; upload the cloud again") from None
 
 
-@router.post(
-    "/jobs/{job_id}/sdf",
-    response_model=SdfResponse,
-    responses=_ABOUT_A_RESULT | answers("malformed", "too-large"),
-    tags=["results"],
-)
-def query_field(service: TheService, row: FinishedJob, request: SdfRequest) -> SdfResponse:
-    """The signed distance, negative inside, and if asked for its gradient, at points in the cloud's own units."""
-    try:
-        field = fields.load(service.artifacts, _field_path(service, row))
-    except FileNotFoundError:
-        raise ProblemError("gone", f"job {row.id} and its files have been removed; upload the cloud again") from None
-    distances, gradients = field.evaluate(np.array(request.points, dtype=np.float64))
-    if not np.isfinite(distances).all():
-        raise ProblemError("invalid", "points: some are too far away for a distance; keep near the cloud")
-    return SdfResponse(distances=distances.tolist(), gradients=gradients.tolist() if request.gradient else None)
-
-
 @router.get("/samples", response_model=SampleList, responses=_ANY, tags=["service"])
 def list_samples(_owner: Owner) -> SampleList:
     """Clouds to try things on."""
@@ -882,6 +866,8 @@ def get_options(service: TheService, _owner: Owner) -> OptionsInfo:
             jobs_per_key=settings.max_jobs_per_key,
             job_seconds=settings.max_job_seconds,
             query_points=MAX_QUERY_POINTS,
+            npz_query_points=settings.max_npz_query_points,
+            grid_resolution=settings.max_grid_resolution,
             retention_seconds=settings.retention_seconds,
         ),
         cloud_formats=list(CLOUD_FORMATS),

@@ -62,6 +62,12 @@ class Settings(BaseSettings):
     max_points: Annotated[int, Field(ge=1, description="most points in a cloud")] = 20_000_000
     max_resolution: Annotated[int, Field(ge=8, le=4096, description="finest grid of a mesh")] = 1024
     max_steps: Annotated[int, Field(ge=1, description="most steps of a fit: bars presets that take more")] = 100_000
+    max_npz_query_points: Annotated[int, Field(ge=1, description="most points of one query of a field as NPZ")] = (
+        1_000_000
+    )
+    max_grid_resolution: Annotated[
+        int, Field(ge=2, le=2048, description="most nodes of a voxel grid along its longest side")
+    ] = 256
     max_queue: Annotated[int, Field(ge=1, description="most jobs waiting, of all users together")] = 1000
     max_jobs_per_key: Annotated[int, Field(ge=1, description="most unfinished jobs of one API key")] = 100
     max_job_seconds: Annotated[float, Field(gt=0, description="longest an attempt at a job may run")] = 3600.0

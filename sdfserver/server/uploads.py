@@ -121,7 +121,7 @@ def too_large(limit: int) -> ProblemError:
 async def receive_raw(upload: Upload, body: AsyncIterator[bytes], *, name: str, extension: str | None) -> None:
     """The whole body is the cloud."""
     upload.begin(name, extension)
-    await _in_blocks(body, upload.write, upload.threads)
+    await in_blocks(body, upload.write, upload.threads)
     await to_thread.run_sync(upload.finish, limiter=upload.threads)
 
 
@@ -133,7 +133,7 @@ async def receive_form(upload: Upload, body: AsyncIterator[bytes], *, content_ty
     form = _Form(upload)
     try:
         parser = MultipartParser(boundary, form.callbacks())  # type: ignore[arg-type]
-        await _in_blocks(body, parser.write, upload.threads)
+        await in_blocks(body, parser.write, upload.threads)
         parser.finalize()
     except FormParserError:
         raise ProblemError("malformed", "the form cannot be parsed; send multipart/form-data") from None
@@ -142,7 +142,7 @@ async def receive_form(upload: Upload, body: AsyncIterator[bytes], *, content_ty
     await to_thread.run_sync(upload.finish, limiter=upload.threads)
 
 
-async def _in_blocks(body: AsyncIterator[bytes], write: Any, threads: CapacityLimiter) -> None:
+async def in_blocks(body: AsyncIterator[bytes], write: Any, threads: CapacityLimiter) -> None:
     """Hand the body to `write` in blocks worth a thread's while."""
     waiting = bytearray()
     async for chunk in body:

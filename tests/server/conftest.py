@@ -82,7 +82,9 @@ def served(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Iterator[Ser
     )
     secret = made.stdout.strip()
     with (
-        process("serve", folder, sweep_seconds=0.5, min_free_bytes=0, max_resolution=128) as server,
+        process(
+            "serve", folder, sweep_seconds=0.5, min_free_bytes=0, max_resolution=128, max_grid_resolution=48
+        ) as server,
         httpx.Client(base_url=server.url, headers={"Authorization": f"Bearer {secret}"}, timeout=PATIENCE_S) as client,
     ):
         served = Served(server, client, secret)

@@ -13,7 +13,7 @@ import pytest
 from fastapi.routing import APIRoute
 from server.helpers import XYZ, Api, App, is_problem, process, running, until
 
-from sdfserver.server import abuse, protocol
+from sdfserver.server import abuse, field_routes, protocol
 from sdfserver.server.abuse import GUESSES, Guesses
 from sdfserver.server.problems import ProblemError
 from sdfserver.server.routes import router
@@ -230,7 +230,7 @@ def test_with_keys_or_by_choice_any_name_will_do(app: App, api: Api, tmp_path: P
 def routes_of_a_job() -> list[tuple[str, str]]:
     return [
         (method, route.path)
-        for route in router.routes
+        for route in (*router.routes, *field_routes.router.routes)
         if isinstance(route, APIRoute) and "{job_id}" in route.path
         for method in sorted(route.methods)
     ]
@@ -240,7 +240,7 @@ def test_every_route_keeps_one_keys_jobs_from_another(app: App, api: Api, other:
     job = api.submit()["id"]
     api.publish(job, worker)
     routes = routes_of_a_job()
-    assert len(routes) >= 13
+    assert len(routes) >= 17
     for method, path in routes:
         sent = {"json": {"points": [[0.0, 0.0, 0.0]]}} if path.endswith("/sdf") else {}
         if path.endswith("/meshes"):

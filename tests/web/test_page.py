@@ -205,8 +205,40 @@ def test_what_has_no_colours_offers_none(page: "Page", finished: str) -> None:
     open_job(page, finished)
     page.get_by_text(re.compile(r"triangles shown$")).wait_for()
     assert page.get_by_role("radio", name="Shaded").is_checked()
-    for name in ("Colours", "Confidence"):
-        assert page.get_by_role("radio", name=name).count() == 0
+    assert page.get_by_role("radio", name="Colours").count() == 0
+    page.get_by_role("radio", name="Confidence").check(force=True)
+    assert page.get_by_text("how far points support the surface").is_visible()
+
+
+def test_a_field_is_cut_through_and_taken(page: "Page", server: Process, finished: str) -> None:
+    open_job(page, finished)
+    page.get_by_text("Cut through it").click()
+    view = page.locator("#cut-view")
+    wait_for(page, "document.querySelector('#cut-view').naturalWidth > 0")
+    says = page.locator("#cut-says")
+    middle = says.inner_text()
+    assert middle.startswith("z = ")
+    assert "nothing" not in middle
+    first = view.get_attribute("src")
+    page.locator("#cut-at").fill("0.995")
+    page.get_by_text("nothing there").wait_for()
+    assert view.get_attribute("src") != first
+    page.locator("#cut-at").fill("0.45")
+    page.locator("#cut-axis").select_option("x")
+    page.get_by_text(re.compile("^x = ")).wait_for()
+    taken = {}
+    for name, ending in {"SVG": "-slice.svg", "DXF": "-slice.dxf", "ONNX": ".onnx", "Field": ".safetensors"}.items():
+        with page.expect_download() as started:
+            page.get_by_role("button", name=name, exact=True).click()
+        assert started.value.suggested_filename == f"sparse{ending}"
+        taken[name] = Path(started.value.path()).read_bytes()
+    query = {"axis": "x", "share": 0.45, "format": "svg"}
+    assert taken["SVG"] == httpx.get(f"{server.url}/v1/jobs/{finished}/slice", params=query).content
+    assert b"POLYLINE" in taken["DXF"]
+    with page.expect_download(timeout=1000 * JOB_S) as started:
+        page.get_by_role("button", name="Grid", exact=True).click()
+    with np.load(Path(started.value.path())) as grid:
+        assert grid["values"].shape == (128, 128, 128)
 
 
 def test_a_running_job_is_cancelled_and_run_again(page: "Page", cloud: Path) -> None:

@@ -87,6 +87,8 @@ export async function fileOf(id, name, signal) {
   }
 }
 
+export const textOf = async (id, name, signal) => (await request(`${job(id)}/${name}`, { signal })).text();
+
 export async function pictureUrl(id) {
   return URL.createObjectURL(await (await request(`${job(id)}/picture`)).blob());
 }

@@ -3,6 +3,7 @@
 import * as api from "./api.js";
 import { LossChart } from "./chart.js";
 import { readPly } from "./cloud.js";
+import { CutView } from "./cut.js";
 import { $, make } from "./dom.js";
 import { valuesOf } from "./form.js";
 import { confirmed } from "./jobs.js";
@@ -16,6 +17,7 @@ export class JobView {
     this.onChanged = onChanged;
     this.onRemoved = onRemoved;
     this.chart = new LossChart($("losses"));
+    this.cut = new CutView((does, button) => this.run(does, button));
     this.id = null;
     this.keepView = false;
     this.act("cancel", () => api.cancelJob(this.id).then((job) => this.show(job)));
@@ -34,7 +36,9 @@ export class JobView {
     });
     $("downloads").replaceChildren(
       ...FORMATS.map((format) => this.download(format.toUpperCase(), `mesh?format=${format}`)),
-      this.download("Field", "field"), this.download("Report", "report"));
+      this.download("Field", "field", "The signed distance field, as safetensors"),
+      this.download("ONNX", "onnx", "The same, for programs that run ONNX"),
+      this.download("Grid", "grid", "Its values on a voxel grid, as NPZ"), this.download("Report", "report"));
   }
 
   act(id, does) {
@@ -54,14 +58,15 @@ export class JobView {
     }
   }
 
-  download(text, name) {
-    const button = make("button", { type: "button" }, text);
+  download(text, name, title = "") {
+    const button = make("button", { type: "button", title }, text);
     button.addEventListener("click", () => this.run(() => api.save(this.id, name), button));
     return button;
   }
 
   close() {
     this.following?.abort();
+    this.cut.setJob(null);
     this.id = null;
   }
 
@@ -112,6 +117,7 @@ export class JobView {
     $("job-problem").hidden = !job.problem;
     $("job-problem").textContent = job.problem?.detail ?? "";
     $("result").hidden = job.state !== "succeeded";
+    this.cut.setJob(job.state === "succeeded" ? job.id : null);
     this.look(job);
     if (job.state === "succeeded" && was?.state !== "succeeded") this.run(() => this.showReport(job.id));
     if (was && was.state !== job.state) this.onChanged();

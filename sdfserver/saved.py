@@ -1,4 +1,4 @@
-"""Saved fields, evaluated with numpy: the API answers questions about a field without loading torch.
+"""Saved fields, evaluated with numpy: for who asks a field, exports it and has no need to load torch, like the API.
 
 The same arithmetic as sdfserver.siren and sdfserver.local, whose symbols these are; sdf < 0 inside. World units in and
 out, but for `at`.
@@ -8,17 +8,16 @@ import itertools
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import safe_open
 
 from sdfserver.cloud import Frame
+from sdfserver.errors import FieldFormatError
+from sdfserver.files import printable, reason
 from sdfserver.queries import FieldQueries
-from sdfserver.server.artifacts import Artifacts
 
 CHUNK = 8192
 BENT_CHUNK = 2048
@@ -27,19 +26,29 @@ BLOCK = 16
 """Points of one local network that are evaluated together."""
 NEGLIGIBLE = 1e-6
 UNBENT = 1e-2
-CACHED = 16
+FORMAT, PARTITION_FORMAT = "sdfserver-field-1", "sdfserver-field-2"
+"""Of a single network, and of a coarse one with levels of local ones over it."""
 Floats = NDArray[np.float32]
 Rows = NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class _Sines:
+class Sines:
     """Sine layers and a linear one, omega multiplied in: weights (..., fan_in, fan_out) and biases (..., 1, fan_out).
 
     The leading dimension, if there is one, counts networks.
     """
 
     layers: tuple[tuple[Floats, Floats], ...]
+
+    def value(self, x: Floats) -> Floats:
+        """The value (..., n, 1) at x (..., n, 3)."""
+        *sine_layers, (last, offset) = self.layers
+        for weight, bias in sine_layers:
+            x = x @ weight
+            x += bias
+            np.sin(x, out=x)
+        return x @ last + offset
 
     def value_and_gradient(self, x: Floats) -> tuple[Floats, Floats]:
         """The value (..., n, 1) and the gradient (..., n, 3) at x (..., n, 3)."""
@@ -86,24 +95,32 @@ class _Sines:
             hessian[..., j, i] = hessian[..., i, j]
         return phi, pull, hessian
 
-    def __getitem__(self, rows: Rows) -> "_Sines":
-        return _Sines(layers=tuple((weight[rows], bias[rows]) for weight, bias in self.layers))
+    def __getitem__(self, rows: Rows) -> "Sines":
+        return Sines(layers=tuple((weight[rows], bias[rows]) for weight, bias in self.layers))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class _Level:
+class Level:
     """Local networks on the cells of a grid: `table` (side, side, side) has the network of each cell, or -1."""
 
     margin: float
     table: NDArray[np.int64]
     cells: Floats
-    sines: _Sines
+    sines: Sines
     linear: Floats
+
+    def value(self, x: Floats) -> tuple[Floats, Floats]:
+        """W (n,) and the sum of w f (n,) at x (n, 3)."""
+        points, networks, u, half = self._local(x)
+        (f,) = self._in_blocks(u, networks, order=0)
+        w = self._weights(u, half)[0]
+        total, value = _sums((w[:, None], (w * f * half)[:, None]), points, len(x))
+        return total[:, 0], value[:, 0]
 
     def value_and_gradient(self, x: Floats) -> tuple[Floats, Floats, Floats, Floats]:
         """W (n,), its gradient (n, 3), the sum of w f (n,) and its gradient (n, 3) at x (n, 3)."""
         points, networks, u, half = self._local(x)
-        f, g = self._in_blocks(u, networks)
+        f, g = self._in_blocks(u, networks, order=1)
         f = f * half
         w, dw, _ = self._weights(u, half)
         terms = (w[:, None], dw, (w * f)[:, None], w[:, None] * g + f[:, None] * dw)
@@ -113,7 +130,7 @@ class _Level:
     def value_gradient_and_hessian(self, x: Floats) -> tuple[Floats, ...]:
         """As `value_and_gradient`, each pair followed by its Hessian (n, 3, 3)."""
         points, networks, u, half = self._local(x)
-        f, g, h = self._in_blocks(u, networks, bent=True)
+        f, g, h = self._in_blocks(u, networks, order=2)
         f *= half
         h /= half
         w, dw, ddw = self._weights(u, half)
@@ -155,7 +172,7 @@ class _Level:
         order = np.argsort(joined, kind="stable")
         return np.concatenate(rows)[order], joined[order]
 
-    def _in_blocks(self, u: Floats, networks: Rows, *, bent: bool = False) -> tuple[Floats, ...]:
+    def _in_blocks(self, u: Floats, networks: Rows, *, order: int) -> tuple[Floats, ...]:
         each, counts = np.unique(networks, return_counts=True)
         blocks = -(-counts // BLOCK)
         shift = (np.cumsum(blocks) - blocks) * BLOCK - (np.cumsum(counts) - counts)
@@ -164,13 +181,15 @@ class _Level:
         packed = np.zeros((len(owners), BLOCK, 3), np.float32)
         packed.reshape(-1, 3)[places] = u
         sines, linear = self.sines[owners], self.linear[owners]
-        found = sines.value_gradient_and_hessian(packed) if bent else sines.value_and_gradient(packed)
-        phi, gradient, *hessian = found
-        phi, gradient = phi + packed @ linear, gradient + np.swapaxes(linear, -1, -2)
+        found: list[Floats]
+        if order == 0:
+            found = [sines.value(packed)]
+        else:
+            found = [*(sines.value_and_gradient, sines.value_gradient_and_hessian)[order - 1](packed)]
+            found[1] = found[1] + np.swapaxes(linear, -1, -2)
+        found[0] = found[0] + packed @ linear
         shapes = ((-1,), (-1, 3), (-1, 3, 3))
-        return tuple(
-            values.reshape(shape)[places] for values, shape in zip((phi, gradient, *hessian), shapes, strict=False)
-        )
+        return tuple(values.reshape(shape)[places] for values, shape in zip(found, shapes, strict=False))
 
     def _weights(self, u: Floats, half: np.float32) -> tuple[Floats, Floats, Floats]:
         steepness = np.float32((1 + self.margin) / (2 * self.margin))
@@ -191,24 +210,38 @@ class _Level:
 class SavedField(FieldQueries):
     """A field as `SignedDistanceField.save` wrote it."""
 
-    coarse: _Sines
-    levels: tuple[_Level, ...]
+    coarse: Sines
+    levels: tuple[Level, ...]
     frame: Frame
 
-    def evaluate(self, points: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """The signed distance (n,) at `points` (n, 3), and its gradient (n, 3)."""
-        phi, gradient = self.at(self.frame.to_unit(points), 1)
-        return phi / self.frame.scale, gradient
+    def evaluate(self, points: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Signed distance (n,), world units, at `points` (n, 3), world units."""
+        return self.at(self.frame.to_unit(points), 0)[0] / self.frame.scale
+
+    def gradient(self, points: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Gradient (n, 3) of the signed distance at `points` (n, 3), world units; its length is about 1."""
+        return self.at(self.frame.to_unit(points), 1)[1]
 
     def at(self, x: NDArray[np.float64], order: int) -> tuple[NDArray[np.float64], ...]:
         """At unit points x (n, 3): the value (n,), from order 1 on the gradient, for order 2 the Hessian as well."""
-        size, ask = (BENT_CHUNK, self._value_gradient_and_hessian) if order > 1 else (CHUNK, self._value_and_gradient)
+        size = BENT_CHUNK if order > 1 else CHUNK
+        ask = [lambda x: (self._value(x),), self._value_and_gradient, self._value_gradient_and_hessian][order]
         out = tuple(np.empty((len(x), *shape)) for shape in ((), (3,), (3, 3))[: order + 1])
         for start in range(0, len(x), size):
             part = slice(start, start + size)
-            for array, values in zip(out, ask(x[part].astype(np.float32)), strict=False):
+            for array, values in zip(out, ask(x[part].astype(np.float32)), strict=True):
                 array[part] = values
         return out
+
+    def _value(self, x: Floats) -> Floats:
+        phi, rest, rows = np.zeros(len(x), np.float32), np.ones(len(x), np.float32), np.arange(len(x))
+        for level in reversed(self.levels):
+            total, value = level.value(x[rows])
+            phi[rows] += rest[rows] * value
+            rest[rows] *= 1 - total
+            rows = rows[rest[rows] > NEGLIGIBLE]
+        phi[rows] += rest[rows] * self.coarse.value(x[rows])[:, 0]
+        return phi
 
     def _value_and_gradient(self, x: Floats) -> tuple[Floats, Floats]:
         phi, gradient = np.zeros(len(x), np.float32), np.zeros((len(x), 3), np.float32)
@@ -272,12 +305,28 @@ def _both_ways(a: Floats, b: Floats) -> Floats:
     return both
 
 
-@lru_cache(maxsize=CACHED)
-def load(artifacts: Artifacts, path: Path) -> SavedField:
-    """The field at `path`, which never changes. Raises FileNotFoundError."""
-    with artifacts.at_hand(path) as here, safe_open(str(here), framework="numpy") as file:
-        about = json.loads(file.metadata()["sdfserver"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+def read_field(path: str | Path) -> SavedField:
+    """The field that `SignedDistanceField.save` wrote to `path`.
+
+    Raises FileNotFoundError where there is no file, FieldFormatError when it is not one of a field.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            about = json.loads((file.metadata() or {})["sdfserver"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        if about["format"] not in (FORMAT, PARTITION_FORMAT):
+            raise ValueError(f"its format is {about['format']!r}; this version reads {FORMAT} and {PARTITION_FORMAT}")
+        return _field(about, tensors)
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
+        shown = printable(str(path))
+        raise FieldFormatError(f"{shown} is not a field saved by sdfserver: {reason(error)}") from error
+
+
+def _field(about: dict[str, Any], tensors: dict[str, Floats]) -> SavedField:
     levels = about.get("levels", [])
     network = about["network"]
     prefix = "coarse." if levels else ""
@@ -286,22 +335,22 @@ def load(artifacts: Artifacts, path: Path) -> SavedField:
     return SavedField(
         coarse=_sines(weights, biases, network["omega"]),
         levels=tuple(_level(config, f"level.{i}.", tensors) for i, config in enumerate(levels)),
-        frame=Frame(center=np.array(about["frame"]["center"]), scale=float(about["frame"]["scale"])),
+        frame=Frame(center=np.array(about["frame"]["center"], np.float64), scale=float(about["frame"]["scale"])),
     )
 
 
-def _sines(weights: list[Floats], biases: list[Floats], omega: float) -> _Sines:
+def _sines(weights: list[Floats], biases: list[Floats], omega: float) -> Sines:
     factors = [np.float32(omega)] * (len(weights) - 1) + [np.float32(1)]
     layers = zip(weights, biases, factors, strict=True)
-    return _Sines(layers=tuple((weight * factor, bias * factor) for weight, bias, factor in layers))
+    return Sines(layers=tuple((weight * factor, bias * factor) for weight, bias, factor in layers))
 
 
-def _level(config: dict[str, Any], prefix: str, tensors: dict[str, Floats]) -> _Level:
+def _level(config: dict[str, Any], prefix: str, tensors: dict[str, Floats]) -> Level:
     count = config["layers"] + 1
     cells = tensors[f"{prefix}cells"].astype(np.int64)
     table = np.full(3 * (config["side"],), -1)
     table[tuple(cells.T)] = np.arange(len(cells))
-    return _Level(
+    return Level(
         margin=config["margin"],
         table=table,
         cells=cells.astype(np.float32),
