@@ -36,7 +36,9 @@ def measure(field: SignedDistanceField, *, resolution: int = 192) -> Measures:
     for cells in (resolution // 2, resolution):
         surface = extract(field, resolution=cells)
         mesh = to_world(surface, field.frame)
-        found.append((mesh_health(mesh, device=field.device), not leaves_the_cube(surface, cells)))
+        found.append(
+            (mesh_health(mesh, device=field.device), not leaves_the_cube(surface.vertices_unit, surface.faces, cells))
+        )
     (coarse, _), (fine, closed) = found
     area = (fine.area - coarse.area) / 3
     volume = (fine.volume - coarse.volume) / 3
