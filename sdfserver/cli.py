@@ -137,6 +137,15 @@ LevelOption = Annotated[
         help="Take the surface at this signed distance, in the cloud's units: above 0 is outside.",
     ),
 ]
+ShellOption = Annotated[
+    float | None,
+    typer.Option(
+        metavar="T",
+        show_default=False,
+        rich_help_panel="Mesh",
+        help="Make a closed wall, from that surface T inward, in the cloud's units: hollow, for 3D printing.",
+    ),
+]
 TrimOption = Annotated[
     float | None,
     typer.Option(
@@ -289,6 +298,7 @@ def reconstruct(
     remove_outliers: OutliersOption = False,
     resolution: ResolutionOption = None,
     level: LevelOption = 0.0,
+    shell: ShellOption = None,
     trim: TrimOption = None,
     min_component: ComponentOption = None,
     faces: FacesOption = None,
@@ -309,6 +319,7 @@ def reconstruct(
         PRESETS[preset].mesh,
         resolution=resolution,
         level_world=level,
+        shell_world=shell,
         trim_distance_world=trim,
         min_component_share=min_component,
         target_faces=faces,
@@ -360,6 +371,7 @@ def submit(
     remove_outliers: OutliersOption = False,
     resolution: ResolutionOption = None,
     level: LevelOption = 0.0,
+    shell: ShellOption = None,
     trim: TrimOption = None,
     min_component: ComponentOption = None,
     faces: FacesOption = None,
@@ -408,6 +420,7 @@ def submit(
         "remove_outliers": remove_outliers,
         "resolution": None if resolution == "auto" else resolution,
         "level": level,
+        "shell": shell,
         "trim": trim,
         "min_component": min_component,
         "faces": faces,

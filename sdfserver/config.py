@@ -315,6 +315,8 @@ class MeshConfig:
     """Bounds of an automatic resolution."""
     level_world: float = 0.0
     """Signed distance of the surface that is extracted, in world units: positive is an outer offset."""
+    shell_world: float | None = None
+    """Thickness of a wall behind that surface, in world units: inward, towards lower levels; None is no wall."""
     trim_distance_world: float | None = None
     """Drop what is farther than this from every input point, in world units; None keeps a closed surface."""
     drop_unsupported: bool = True
@@ -330,8 +332,14 @@ class MeshConfig:
         for cells in (*self.auto_range, *(() if self.resolution == "auto" else (self.resolution,))):
             _require(8 <= cells <= 4096, f"resolution is {cells}; it must be 8 to 4096, or auto")
         _require(math.isfinite(self.level_world), f"level is {self.level_world}; it must be finite")
+        shell = self.shell_world
+        _require(shell is None or 0 < shell < math.inf, f"shell is {shell}; it must be a positive thickness")
         trim = self.trim_distance_world
         _require(trim is None or 0 < trim < math.inf, f"trim distance is {trim}; it must be positive")
+        _require(
+            shell is None or trim is None,
+            f"a shell of {shell} is closed, and a trim distance of {trim} would cut it open; give one of them",
+        )
         share = self.min_component_share
         _require(0 <= share <= 1, f"min_component_share is {share}; it must be 0 to 1")
         faces = self.target_faces

@@ -142,6 +142,7 @@ def mesh_config(options: MeshOptions, preset: str, max_resolution: int) -> MeshC
         resolution=options.resolution or base.resolution,
         auto_range=(min(low, max_resolution), min(high, max_resolution)),
         level_world=options.level,
+        shell_world=options.shell,
         trim_distance_world=options.trim,
         min_component_share=options.min_component,
         target_faces=options.faces,
