@@ -42,6 +42,8 @@ FAR = 6
 far less, and the triangles lead on from it."""
 ON_EDGE = 1e-9
 """Barycentric weights below this are none: the closest point is on an edge, or a corner."""
+CREASED = 0.005
+"""Of the level: how far the mesh may be off phi = 0 where first order is enough."""
 ON_SURFACE = 0.01
 """|phi| on the mesh where it is that of phi = 0."""
 SAMPLES = 4096
@@ -159,12 +161,21 @@ class SurfaceDistance:
 class OffsetField:
     """Signed distances from a surface as a field (extract.ScalarField), in a cube that holds its offset at `level`.
 
+    With `queries`, the same field, closest points are looked for anew where the mesh is off phi = 0.
+
     `center` and half the side, `size`, place the cube in the unit frame. Here it is [-1, 1]^3, and values are divided
     by `size`, so that the slope is 1.
     """
 
-    def __init__(self, field: ScalarField, surface: SurfaceDistance, level: float, resolution: int) -> None:
-        self._field, self._surface = field, surface
+    def __init__(
+        self,
+        field: ScalarField,
+        surface: SurfaceDistance,
+        level: float,
+        resolution: int,
+        queries: FieldQueries | None = None,
+    ) -> None:
+        self._field, self._surface, self._level, self._queries = field, surface, level, queries
         low, high = surface.vertices.min(axis=0), surface.vertices.max(axis=0)
         grown = max(0.0, level if surface.outside_far_off else -level)
         room = 1 - 2 * MARGIN_VOXELS / resolution
@@ -184,13 +195,24 @@ class OffsetField:
         return self._there(self._surface.closest(self._unit(x))[1] / self.size, x)
 
     def value_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The distance (n,) from phi = 0, to the mesh's second order, and the direction (n, 3) in which it grows."""
-        foot, distance, way = self._surface.closest(self._unit(x))
+        """The distance (n,) from phi = 0, and the direction (n, 3) in which it grows."""
+        p = self._unit(x)
+        foot, distance, way = self._surface.closest(p)
         phi, g = (values.cpu().double().numpy() for values in self._field.value_and_gradient(self._there(foot, x)))
         slope = np.maximum(np.linalg.norm(g, axis=1), 1e-6)
         # How high the foot is over phi = 0, along the way to x.
-        height = np.clip(phi / slope, -self._step, self._step) * (g * way).sum(axis=1) / slope
-        return self._there((distance + height) / self.size, x), self._there(way, x)
+        cosine = (g * way).sum(axis=1) / slope
+        distance += np.clip(phi / slope, -self._step, self._step) * cosine
+        # Along a crease, which triangles cut off, phi = 0 is farther from the foot, or faces elsewhere.
+        far = np.flatnonzero((np.abs(phi) > CREASED * abs(self._level) * slope) | (cosine < 1 - CREASED))
+        if self._queries is not None and len(far):
+            off = p[far] - self._queries.closest_from(p[far], foot[far])[0]
+            length = np.linalg.norm(off, axis=1)
+            true = np.copysign(length, distance[far])
+            good = np.abs(true - distance[far]) < self._step
+            distance[far[good]] = true[good]
+            way[far[good]] = off[good] / true[good, None]
+        return self._there(distance / self.size, x), self._there(way, x)
 
     def unit(self, surface: ExtractedSurface) -> ExtractedSurface:
         """What was extracted from this field, in the unit frame of the one it is an offset of."""
@@ -224,19 +246,21 @@ def extract_offset(
     *,
     resolution: int,
     reach: float,
+    queries: FieldQueries | None = None,
     projection_steps: int = 2,
     on_progress: Callable[[float], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> ExtractedSurface:
     """What is at signed distance `level` from `surface`, the phi = 0 of `field`, as triangles in the unit frame.
 
-    As `extract`, on a grid of `resolution`^3 cells in [-1, 1]^3, or in a larger cube where the offset leaves that.
+    As `extract`, on a grid of `resolution`^3 cells in [-1, 1]^3, or in a larger cube where the offset leaves that. With
+    `queries`, the same field, closest points along creases are looked for anew.
     Raises NoSurfaceError where `level` is more than `reach` outside, or deeper than the deepest point.
     """
     outward = level if surface.outside_far_off else -level
     if outward > reach:
         raise _out_of_reach(surface, level, reach)
-    offset = OffsetField(field, surface, level, resolution)
+    offset = OffsetField(field, surface, level, resolution, queries)
     settings: dict[str, Any] = {"on_progress": on_progress, "should_stop": should_stop}
     try:
         found = extract(
@@ -338,6 +362,7 @@ def offset_mesh(
                 level * frame.scale,
                 resolution=resolution,
                 reach=reach,
+                queries=field if capped is field else None,
                 projection_steps=config.projection_steps,
                 on_progress=tell,
                 should_stop=should_stop,

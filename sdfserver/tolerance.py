@@ -100,14 +100,20 @@ def _chords(corners: Floats, n: Floats) -> tuple[float, float, float, float]:
     flat = _unit(flat)
     # The mean height of a quadratic surface over the plane through three of its points is a 24th of the sum of its
     # second differences along the edges.
-    following, turned = np.roll(corners, -1, axis=1), np.roll(n, -1, axis=1)
-    bend = np.abs(((turned - n) * (following - corners)).sum(axis=(1, 2))) / 24
-    # The mean square of a slope that is linear over the triangle, from those at its corners.
+    edges, ahead = np.roll(corners, -1, axis=1) - corners, np.roll(n, -1, axis=1)
+    bends = ((ahead - n) * edges).sum(axis=2)
+    bend = np.abs(bends.sum(axis=1)) / 24
+    # The surface is larger by half the mean square of its slope, which is linear over the triangle, and by the wedges
+    # between the triangles' normals: each edge's height under the surface, a 12th of its second difference, times the
+    # angle across it.
+    across = ((n + ahead) / 2 * np.cross(edges, flat[:, None])).sum(axis=2)
+    wedges = np.abs((bends * across).sum(axis=1)) / 12
     slopes = n - (n * flat[:, None]).sum(axis=2, keepdims=True) * flat[:, None]
     steep = ((slopes**2).sum(axis=(1, 2)) + (slopes.sum(axis=1) ** 2).sum(axis=1)) / 12
     swept = np.cross(n[:, 1] - n[:, 0], c) + np.cross(b, n[:, 2] - n[:, 0])
     growth = np.abs((flat * swept).sum(axis=1)) / 2
-    return float(areas.sum()), float(areas @ bend), float(areas @ steep) / 2, float(growth.sum())
+    larger = areas @ steep / 2 + wedges.sum()
+    return float(areas.sum()), float(areas @ bend), float(larger), float(growth.sum())
 
 
 def _unit(vectors: Floats) -> Floats:
