@@ -45,7 +45,7 @@ ON_EDGE = 1e-9
 CREASED = 0.005
 """Of the level: how far the mesh may be off phi = 0 where first order is enough."""
 ON_SURFACE = 0.01
-"""|phi| on the mesh where it is that of phi = 0."""
+"""How far the mesh and phi = 0 are from each other where they are the same."""
 SAMPLES = 4096
 """Points of an offset whose distance from the surface is measured."""
 THIN = 0.8
@@ -298,12 +298,12 @@ def offset_error(
     vertices = mesh.vertices[rng.integers(len(mesh.vertices), size=SAMPLES // 2)]
     x = field.frame.to_unit(np.concatenate([vertices, on_faces]))
     foot = surface.closest(x)[0]
-    # Where the surface was closed along walls, phi = 0 is elsewhere.
-    on = np.abs(field.at(foot, 0)[0]) < ON_SURFACE
+    c = field.closest_from(x, foot)[0]
+    # Where the surface was closed along walls, the mesh is no phi = 0, or phi = 0 goes on without it.
+    on = (np.abs(field.at(foot, 0)[0]) < ON_SURFACE) & (np.abs(surface.closest(c)[1]) < ON_SURFACE)
     if not on.any():
         raise ExtractionError("the surface is nowhere that of the field; fit it again")
-    c = field.closest_from(x[on], foot[on])[0]
-    error = np.abs(np.linalg.norm(x[on] - c, axis=1) / field.frame.scale - abs(level))
+    error = np.abs(np.linalg.norm(x - c, axis=1)[on] / field.frame.scale - abs(level))
     return OffsetError(
         mean=float(error.mean()), p95=float(np.percentile(error, 95)), max=float(error.max()), samples=len(error)
     )

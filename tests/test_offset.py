@@ -206,6 +206,18 @@ def test_what_no_point_supports_is_gone_before_it_could_grow_into_the_rest() -> 
     assert radius[1] == pytest.approx(0.75, rel=0.01)
 
 
+def test_a_surface_that_is_closed_along_walls_is_offset_with_them() -> None:
+    """A floor, solid below: its block ends half a voxel within the cube."""
+    floor = ExactField(lambda x: x[:, 2])
+    points = np.random.default_rng(0).uniform(-0.9, 0.9, (3000, 3)) * [1, 1, 0]
+    cloud = cloud_of(points, np.tile([0.0, 0, 1], (3000, 1)))
+    found = mesh_field(floor, cloud, MeshConfig(resolution=32, level_world=0.2 / SCALE))  # type: ignore[arg-type]
+    report, x = found.report["mesh"], (found.mesh.vertices - CENTER) * SCALE
+    assert (report["watertight"], report["cut_by_frame"]) == (True, True)
+    np.testing.assert_allclose(x.max(axis=0), [1.2 - 1 / 32, 1.2 - 1 / 32, 0.2], atol=0.01)
+    assert report["offset"]["levels"][0]["error"]["p95"] < BAR * 0.2 / SCALE  # of the floor, not of the walls
+
+
 def test_progress_of_an_offset_rises_to_the_end() -> None:
     phi, _, cloud = SHAPES["ball"]
     seen: list[Progress] = []

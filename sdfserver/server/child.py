@@ -455,6 +455,7 @@ _OPTIONS = {
     "--remove-outliers": "remove_outliers=true",
     "--trim ": "trim=",
     "--resolution": "resolution",
+    "--faces": "faces",
 }
 """The command's options, and what they are called here."""
 
