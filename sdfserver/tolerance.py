@@ -39,10 +39,13 @@ class Displacement:
 
     length: of the signed distances of patches, of the gaps between points, and of the scatter that is left.
     turn: 1 - cos of the angle between the mesh's normals and the points', on average.
+    variance: of the points about the mesh. Noise that moves points along a curved surface as well leaves them off it,
+    on the outer side of its bend, by the variance times the mean curvature.
     """
 
     length: float
     turn: float
+    variance: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +77,11 @@ def displacement(
     patches = np.abs(np.bincount(np.arange(len(points)) // PATCH, (share * off)[order])).sum()
     scatter = 2 * float(np.sqrt((off**2).mean() / len(off)))
     total = max(float(areas.sum()), np.finfo(float).tiny)
-    return Displacement(length=float(patches + gap) / total + scatter, turn=max(0.0, 1 - float(agreement.mean())))
+    return Displacement(
+        length=float(patches + gap) / total + scatter,
+        turn=max(0.0, 1 - float(agreement.mean())),
+        variance=float((off**2).mean()),
+    )
 
 
 def tolerance(mesh: TriangleMesh, off: Displacement) -> Tolerance:
@@ -85,7 +92,8 @@ def tolerance(mesh: TriangleMesh, off: Displacement) -> Tolerance:
         for faces in np.split(mesh.faces, range(CHUNK, len(mesh.faces), CHUNK))
     ]
     area, below, steep, growth = (float(sum(values)) for values in zip(*parts, strict=True))
-    return Tolerance(volume=off.length * area + below, area=off.length * growth + off.turn * area + steep)
+    length = off.length + off.variance * growth / (2 * max(area, np.finfo(float).tiny))
+    return Tolerance(volume=length * area + below, area=length * growth + off.turn * area + steep)
 
 
 def _chords(corners: Floats, n: Floats) -> tuple[float, float, float, float]:

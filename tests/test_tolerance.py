@@ -85,6 +85,7 @@ def test_a_hole_in_the_cloud_makes_the_tolerance_wide_enough_for_a_flat_lid() ->
         (lambda: even_sphere(2000), BALL, 0.02),
         (lambda: even_sphere(100), BALL, 0.2),
         (lambda: noisy(even_sphere(5000), 0.02), BALL, 0.05),
+        (lambda: noisy(even_sphere(10_000), 0.035), BALL, 0.05),  # one percent of the diagonal
         (lambda: torus(5000), RING, 0.05),
         (lambda: noisy(torus(5000), 0.01), RING, 0.1),
     ],
