@@ -33,6 +33,7 @@ from sdfserver.errors import NoSurfaceError
 from sdfserver.extract import extract
 from sdfserver.field import SignedDistanceField
 from sdfserver.io import read_cloud
+from sdfserver.mesh import TriangleMesh
 from sdfserver.metrics import closest_on_mesh, sample_surface
 from sdfserver.reconstruct import fit_field, mesh_field
 
@@ -67,13 +68,22 @@ def percentiles(error: NDArray[np.float64], level: float) -> dict[str, float]:
     return {"p50": float(np.median(share)), "p99": float(np.percentile(share, 99)), "max": float(share.max())}
 
 
-def error(field: SignedDistanceField, points: NDArray[np.float64], level: float) -> dict[str, float]:
-    """How far `points` (n, 3) are from being |level| off the surface."""
-    return percentiles(np.abs(field.distance(points)) - abs(level), level)
+def error(
+    field: SignedDistanceField, surface: TriangleMesh, points: NDArray[np.float64], level: float
+) -> dict[str, float]:
+    """How far `points` (n, 3) are from being |level| off the surface, and how many are nearer to a part without points.
+
+    Such parts of phi = 0, sheets and bubbles, are dropped from every mesh; they have no offsets.
+    """
+    found = field.closest(points)
+    near = closest_on_mesh(found.points, surface).distance < 0.02 * abs(level)
+    return percentiles(np.abs(found.distances[near]) - abs(level), level) | {"elsewhere": float(1 - near.mean())}
 
 
-def measured(field: SignedDistanceField, cloud: PointCloud, plain_s: float, share: float) -> dict[str, Any]:
-    """One offset of the field."""
+def measured(
+    field: SignedDistanceField, cloud: PointCloud, plain: TriangleMesh, plain_s: float, share: float
+) -> dict[str, Any]:
+    """One offset of the field, whose surface is `plain`."""
     level = share * float(np.linalg.norm(np.ptp(cloud.points, axis=0)))
     row: dict[str, Any] = {"share": share, "level": level}
     start = time.process_time()
@@ -101,11 +111,11 @@ def measured(field: SignedDistanceField, cloud: PointCloud, plain_s: float, shar
     with suppress(NoSurfaceError):
         surface = extract(field, resolution=64, level=level * field.frame.scale)
         some = rng.integers(len(surface.vertices_unit), size=SAMPLES)
-        raw = error(field, field.frame.to_world(surface.vertices_unit[some]), level)
+        raw = error(field, plain, field.frame.to_world(surface.vertices_unit[some]), level)
     to_offset = closest_on_mesh(x[regular], meshed.mesh).distance - abs(level)
     return row | {
-        "vertices": error(field, vertices, level),
-        "faces": error(field, on_faces, level),
+        "vertices": error(field, plain, vertices, level),
+        "faces": error(field, plain, on_faces, level),
         "regular": float(regular.mean()),
         "to_offset": percentiles(to_offset, level) if regular.any() else None,
         "raw": raw,
@@ -132,10 +142,10 @@ def main() -> int:
     for name in args.clouds.split(","):
         fitted = fit_field(clouds[name](), preset=args.preset, device="cpu")
         start = time.process_time()
-        mesh_field(fitted.field, fitted.cloud, MeshConfig())
+        plain = mesh_field(fitted.field, fitted.cloud, MeshConfig()).mesh
         plain_s = time.process_time() - start
         for share in SHARES:
-            row = {"cloud": name} | measured(fitted.field, fitted.cloud, plain_s, share)
+            row = {"cloud": name} | measured(fitted.field, fitted.cloud, plain, plain_s, share)
             rows.append(row)
             print(line(row), flush=True)
     if args.json:
