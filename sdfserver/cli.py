@@ -146,6 +146,15 @@ SurfaceOption = Annotated[
         help="Leave the mesh open where no points support it, or closed; auto opens it where the scan is an open one.",
     ),
 ]
+ShellOption = Annotated[
+    float | None,
+    typer.Option(
+        metavar="T",
+        show_default=False,
+        rich_help_panel="Mesh",
+        help="Make a closed wall, from that surface T inward, in the cloud's units: hollow, for 3D printing.",
+    ),
+]
 TrimOption = Annotated[
     float | None,
     typer.Option(
@@ -299,6 +308,7 @@ def reconstruct(
     remove_outliers: OutliersOption = False,
     resolution: ResolutionOption = None,
     level: LevelOption = 0.0,
+    shell: ShellOption = None,
     surface: SurfaceOption = "auto",
     trim: TrimOption = None,
     min_component: ComponentOption = None,
@@ -320,6 +330,7 @@ def reconstruct(
         PRESETS[preset].mesh,
         resolution=resolution,
         level_world=level,
+        shell_world=shell,
         surface=surface,
         trim_distance_world=trim,
         min_component_share=min_component,
@@ -372,6 +383,7 @@ def submit(
     remove_outliers: OutliersOption = False,
     resolution: ResolutionOption = None,
     level: LevelOption = 0.0,
+    shell: ShellOption = None,
     surface: SurfaceOption = "auto",
     trim: TrimOption = None,
     min_component: ComponentOption = None,
@@ -421,6 +433,7 @@ def submit(
         "remove_outliers": remove_outliers,
         "resolution": None if resolution == "auto" else resolution,
         "level": level,
+        "shell": shell,
         "surface": surface,
         "trim": trim,
         "min_component": min_component,

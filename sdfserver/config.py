@@ -318,6 +318,8 @@ class MeshConfig:
     """Bounds of an automatic resolution."""
     level_world: float = 0.0
     """Signed distance of the surface that is extracted, in world units: positive is an outer offset."""
+    shell_world: float | None = None
+    """Thickness of a wall behind that surface, in world units: inward, towards lower levels; None is no wall."""
     surface: SurfaceKind = "auto"
     """Whether what no points support is cut away; auto does so where the cloud is that of an open surface."""
     trim_distance_world: float | None = None
@@ -336,8 +338,17 @@ class MeshConfig:
             _require(8 <= cells <= 4096, f"resolution is {cells}; it must be 8 to 4096, or auto")
         _require(math.isfinite(self.level_world), f"level is {self.level_world}; it must be finite")
         _require(self.surface in get_args(SurfaceKind), f"surface is {self.surface!r}; it must be auto, closed or open")
+        shell = self.shell_world
+        _require(shell is None or 0 < shell < math.inf, f"shell is {shell}; it must be a positive thickness")
         trim = self.trim_distance_world
         _require(trim is None or 0 < trim < math.inf, f"trim distance is {trim}; it must be positive")
+        _require(
+            shell is None or trim is None,
+            f"a shell of {shell} is closed, and a trim distance of {trim} would cut it open; give one of them",
+        )
+        _require(
+            shell is None or self.surface != "open", f"a shell of {shell} is closed; it cannot have an open surface"
+        )
         share = self.min_component_share
         _require(0 <= share <= 1, f"min_component_share is {share}; it must be 0 to 1")
         faces = self.target_faces
@@ -345,9 +356,15 @@ class MeshConfig:
         _require(0 <= self.projection_steps <= 10, f"projection_steps is {self.projection_steps}; it must be 0 to 10")
 
     @property
+    def is_offset(self) -> bool:
+        """Whether another surface than that of phi = 0 is wanted."""
+        return bool(self.level_world) or self.shell_world is not None
+
+    @property
     def surface_asked(self) -> SurfaceKind:
-        """`surface`, or closed where it is auto and the distance to trim at is given: that opens it well enough."""
-        return "closed" if self.surface == "auto" and self.trim_distance_world is not None else self.surface
+        """`surface`; auto is closed with a shell, and with a distance to trim at, which opens it well enough."""
+        decided = self.trim_distance_world is not None or self.shell_world is not None
+        return "closed" if self.surface == "auto" and decided else self.surface
 
     def resolution_for(self, detail: int) -> int:
         """The resolution for a field whose finest waves want `detail` cells along each side of the cube."""

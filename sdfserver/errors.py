@@ -73,16 +73,16 @@ class ExtractionError(SdfServerError):
 
 
 class NoSurfaceError(ExtractionError):
-    """The field has no surface at the requested level; its values run from `lowest` to `highest`."""
+    """The field has no surface at the requested level; `what` of it runs from `lowest` to `highest`."""
 
-    def __init__(self, level: float, lowest: float, highest: float) -> None:
-        run = f"its values on the grid run from {lowest:.4g} to {highest:.4g}"
+    def __init__(self, level: float, lowest: float, highest: float, what: str = "its values on the grid run") -> None:
+        run = f"{what} from {lowest:.4g} to {highest:.4g}"
         super().__init__(f"the field has no surface at level {level:.4g}: {run}")
-        self.level, self.lowest, self.highest = level, lowest, highest
+        self.level, self.lowest, self.highest, self.what = level, lowest, highest, what
 
     def scaled(self, factor: float) -> "NoSurfaceError":
         """The same in another unit."""
-        return NoSurfaceError(self.level * factor, self.lowest * factor, self.highest * factor)
+        return NoSurfaceError(self.level * factor, self.lowest * factor, self.highest * factor, self.what)
 
 
 class CommandError(SdfServerError):

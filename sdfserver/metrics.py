@@ -91,14 +91,21 @@ class MeshHealth:
 
 
 def cloud_to_mesh(
-    cloud: PointCloud, mesh: TriangleMesh, *, max_points: int | None = None, device: torch.device | str = "cpu"
+    cloud: PointCloud,
+    mesh: TriangleMesh,
+    *,
+    max_points: int | None = None,
+    closest: ClosestPoints | None = None,
+    device: torch.device | str = "cpu",
 ) -> CloudDistances:
     """Distances and normal agreement from `cloud` to `mesh`, in their common frame.
 
-    Of more than `max_points` points, that many are taken at even steps through the cloud: always the same.
+    Of more than `max_points` points, that many are taken at even steps through the cloud: always the same. `closest` is
+    where the mesh is closest to these, if it is known.
     """
-    some = _evenly(len(cloud.points), max_points)
-    closest = closest_on_mesh(cloud.points[some], mesh, device=device)
+    some = evenly(len(cloud.points), max_points)
+    if closest is None:
+        closest = closest_on_mesh(cloud.points[some], mesh, device=device)
     agreement = None
     if cloud.normals is not None:
         normals = _unit(face_normals(mesh.vertices, mesh.faces)[closest.face])
@@ -168,7 +175,7 @@ def closest_on_mesh(
     corners = mesh.vertices[mesh.faces]
     centers = corners.mean(axis=1)
     radii = np.sqrt(((corners - centers[:, None]) ** 2).sum(axis=2).max(axis=1))
-    triangles, near = _Triangles(mesh.vertices, mesh.faces, device), neighbours_of(centers, device)
+    triangles, near = Triangles(mesh.vertices, mesh.faces, device), neighbours_of(centers, device)
     chunk = _CHUNK if torch.device(device).type == "cpu" else _DEVICE_CHUNK
     face = np.zeros(len(points), np.int64)
     rest = _along_a_curve(points)  # neighbours one after another: half the time of a random order
@@ -206,7 +213,7 @@ def sample_surface(
     return (1 - s) * a + s * (1 - t) * b + s * t * c, _unit(area_vectors[face])
 
 
-class _Triangles:
+class Triangles:
     """Faces prepared on `device` for distances: closest points of many pairs of a point and a face.
 
     Vectors are columns, (3, n), so that each sum over coordinates is two additions of whole rows.
@@ -230,17 +237,23 @@ class _Triangles:
 
     def distance_squared(self, points: NDArray[np.float64], face: NDArray[np.int64]) -> NDArray[np.float64]:
         """Squared distances (n,) of points (n, 3) from faces (n,)."""
-        squared: NDArray[np.float64] = self._nearest(self._there(points), self._there(face))[0].cpu().numpy()
+        squared: NDArray[np.float64] = self._foot(self._there(points), self._there(face))[0].cpu().numpy()
         return squared
+
+    def barycentric(self, points: NDArray[np.float64], face: NDArray[np.int64]) -> NDArray[np.float64]:
+        """The weights (n, 3) of the corners of faces (n,) at their points closest to points (n, 3)."""
+        _, s, t = self._foot(self._there(points), self._there(face))
+        weights: NDArray[np.float64] = torch.stack([1 - s - t, s, t], dim=1).cpu().numpy()
+        return weights
 
     def closest(self, points: NDArray[np.float64], face: NDArray[np.int64]) -> NDArray[np.float64]:
         """The points (n, 3) of faces (n,) closest to points (n, 3)."""
         on = self._there(face)
-        _, s, t = self._nearest(self._there(points), on)
+        _, s, t = self._foot(self._there(points), on)
         place: NDArray[np.float64] = (self._a[:, on] + s * self._ab[:, on] + t * self._ac[:, on]).T.cpu().numpy()
         return np.ascontiguousarray(place)
 
-    def _nearest(self, points: Tensor, face: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _foot(self, points: Tensor, face: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Squared distance (n,), and s, t (n,): the closest point is a + s ab + t ac.
 
         The foot of the perpendicular if it lies within the triangle, else the best of the three edges. Ericson,
@@ -276,7 +289,7 @@ class _Triangles:
 
 
 def _among_nearest(
-    points: NDArray[np.float64], k: int, triangles: _Triangles, centers: Neighbours, radii: NDArray[np.float64]
+    points: NDArray[np.float64], k: int, triangles: Triangles, centers: Neighbours, radii: NDArray[np.float64]
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """The closest (n,) of the k faces with the nearest centres, and whether it must be the closest of all."""
     distance, near = centers.query(points, k)
@@ -288,7 +301,7 @@ def _among_nearest(
 
 def _improve(
     points: NDArray[np.float64],
-    triangles: _Triangles,
+    triangles: Triangles,
     row: NDArray[np.int64],
     candidate: NDArray[np.int64],
     face: NDArray[np.int64],
@@ -366,7 +379,7 @@ def _along_and_across(
 def _among_all(
     points: NDArray[np.float64],
     face: NDArray[np.int64],
-    triangles: _Triangles,
+    triangles: Triangles,
     levels: list[_Cylinders],
     order: NDArray[np.int64],
 ) -> NDArray[np.int64]:
@@ -416,7 +429,7 @@ def _volume(mesh: TriangleMesh) -> float:
     return float((a * np.cross(b, c)).sum() / 6)
 
 
-def _evenly(n: int, limit: int | None) -> NDArray[np.int64]:
+def evenly(n: int, limit: int | None) -> NDArray[np.int64]:
     """At most `limit` of 0..n-1, at even steps."""
     if limit is None or n <= limit:
         return np.arange(n)

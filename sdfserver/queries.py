@@ -203,6 +203,13 @@ class FieldQueries:
 
     # In the unit frame
 
+    def closest_from(self, p: Floats, start: Floats) -> tuple[Floats, Floats, Floats]:
+        """The points c (n, 3) of the surface closest to unit points p (n, 3) around `start` (n, 3), which is near it.
+
+        With |phi| there (n,), and the sines (n,) of the angle between p - c and the normal.
+        """
+        return self._settled(p, self._project(start)[0])
+
     @cached_property
     def slope_bound(self) -> float:
         """A bound on |g| within the cube, from samples all over it and near the surface."""
@@ -282,6 +289,10 @@ class FieldQueries:
         foot, phi, _ = self._project(p[near])
         better = (np.abs(phi) < 10 * ON_SURFACE) & (np.linalg.norm(p[near] - foot, axis=1) < far[near])
         c[near[better]] = foot[better]
+        return self._settled(p, c)
+
+    def _settled(self, p: Floats, c: Floats) -> tuple[Floats, Floats, Floats]:
+        """As _closest, from points c (n, 3) of the surface on: the closest ones around them."""
         going, share = np.arange(len(p)), np.ones(len(p))
         phi, g, hessian = self.at(c, 2)
         for _ in range(SIDEWAYS):

@@ -58,6 +58,10 @@ class MeshOptions(_Model):
     level: Annotated[
         Finite, Field(description="Signed distance of the surface, in the cloud's units: above 0 is outside.")
     ] = 0.0
+    shell: Annotated[
+        Finite | None,
+        Field(gt=0, description="Make a closed wall, from the surface this far inward, in the cloud's units."),
+    ] = None
     surface: Annotated[
         SurfaceKind,
         Field(description="Leave the surface open where no points are, or closed; auto decides by the cloud."),
@@ -70,6 +74,13 @@ class MeshOptions(_Model):
         float, Field(ge=0, le=1, description="Drop parts with less than this share of the largest one's area.")
     ] = 0.0
     faces: Annotated[int | None, Field(ge=4, le=2**31 - 1, description="Simplify to about this many faces.")] = None
+
+    @model_validator(mode="after")
+    def _a_shell_is_closed(self) -> "MeshOptions":
+        if self.shell is not None and (self.trim is not None or self.surface == "open"):
+            other = "surface=open leaves" if self.trim is None else "trim would cut"
+            raise ValueError(f"shell makes a closed wall, which {other} open; leave one of them out")
+        return self
 
 
 class JobOptions(MeshOptions):

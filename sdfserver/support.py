@@ -69,11 +69,8 @@ class SurfaceReport:
     """How many of them were cut away."""
 
 
-def support_of(mesh: TriangleMesh, cloud: PointCloud, *, offset: float = 0.0, device: str = "cpu") -> Floats:
-    """The support (v,) of the vertices of a `mesh` with normals by the points of `cloud`, from 0 to 1.
-
-    offset: how far outside the measured surface the mesh lies.
-    """
+def support_of(mesh: TriangleMesh, cloud: PointCloud, *, device: str = "cpu") -> Floats:
+    """The support (v,) of the vertices of a `mesh` with normals by the points of `cloud`, from 0 to 1."""
     step = -(-len(cloud.points) // JUDGES)
     points, normals = cloud.points[::step], normals_of(cloud)[::step]
     if mesh.normals is None:
@@ -82,9 +79,8 @@ def support_of(mesh: TriangleMesh, cloud: PointCloud, *, offset: float = 0.0, de
     k = min(SUPPORTERS, (len(points) - 1) // 2)
     tree = neighbours_of(points, device)
     own = tree.query(points, k + 1)[0][:, -1] ** 2
-    measured = mesh.vertices - offset * vertex_normals
-    asked, row = _spread(measured, vertex_normals, own, k)
-    distance, near = tree.query(measured[asked], 2 * k)
+    asked, row = _spread(mesh.vertices, vertex_normals, own, k)
+    distance, near = tree.query(mesh.vertices[asked], 2 * k)
     agrees = np.einsum("nki,ni->nk", normals[near], vertex_normals[asked]) > 0
     count = agrees.cumsum(axis=1)
     found = np.minimum(count[:, -1], k)
@@ -136,15 +132,15 @@ def _smoothed(mesh: TriangleMesh, values: Floats, spacing: float) -> Floats:
     return values
 
 
-def as_asked(
-    mesh: TriangleMesh, support: Floats, cloud: PointCloud, asked: SurfaceKind
-) -> tuple[TriangleMesh, SurfaceReport]:
-    """The mesh, closed or cut open along `support` (v,) as `asked`, with its confidence, and what was done and why.
+def as_asked(mesh: TriangleMesh, cloud: PointCloud, asked: SurfaceKind) -> tuple[TriangleMesh, SurfaceReport]:
+    """The mesh, closed or cut open along its confidence as `asked`, and what was done and why.
 
     auto: open where much of the surface has no support; else only where the scan ends: at a hole with a flat rim that
     has all points on one side, as at the neck of a bust or under an object that stood. Other holes stay closed.
     """
-    mesh = replace(mesh, confidence=support.astype(np.float32))
+    if mesh.confidence is None:
+        raise ValueError("a mesh is cut along its confidence; see support_of")
+    support = mesh.confidence.astype(np.float64)
     holes = _holes(mesh, support)
     areas = face_areas(mesh.vertices, mesh.faces)
     shares = np.bincount(holes.of_face + 1, areas, minlength=holes.count + 1)[1:] / areas.sum()

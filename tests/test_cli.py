@@ -147,6 +147,11 @@ def test_every_option_reaches_the_fit(fit: Fit, knot: str, tmp_path: Path) -> No
     assert (mesh.min_component_share, mesh.target_faces) == (0.1, 9)
 
 
+def test_a_shell_reaches_the_fit(fit: Fit, knot: str, tmp_path: Path) -> None:
+    assert cli.main(["reconstruct", knot, "-o", str(tmp_path / "a.stl"), "--level", "1", "--shell", "0.5"]) == 0
+    assert (fit.options["mesh"].level_world, fit.options["mesh"].shell_world) == (1, 0.5)
+
+
 def test_an_automatic_resolution_can_be_asked_for(fit: Fit, knot: str, tmp_path: Path) -> None:
     assert cli.main(["reconstruct", knot, "-o", str(tmp_path / "a.ply"), "--resolution", "auto"]) == 0
     assert fit.options["mesh"].resolution == "auto"
@@ -263,6 +268,11 @@ def test_outliers_are_removed_and_counted(
         (["reconstruct", "{knot}", "-o", "{out}", "--work-dir", "w", "--remove-outliers"], "--work-dir"),
         (["reconstruct", "{knot}", "-o", "{out}", "--level", "nan"], "level is nan"),
         (["reconstruct", "{knot}", "-o", "{out}", "--trim", "0"], "trim distance is 0.0"),
+        (["reconstruct", "{knot}", "-o", "{out}", "--shell", "-1"], "shell is -1.0; it must be a positive thickness"),
+        (
+            ["reconstruct", "{knot}", "-o", "{out}", "--shell", "1", "--trim", "2"],
+            "a shell of 1.0 is closed, and a trim",
+        ),
         (["reconstruct", "{knot}", "-o", "{out}", "--min-component", "2"], "2.0; it must be 0 to 1"),
         (["reconstruct", "{knot}", "-o", "{out}", "--faces", "3"], "3; it must be at least 4"),
         (["reconstruct", "{knot}", "-o", "{out}", "--viewpoint", "1,2,3"], "--normals estimate"),
@@ -390,7 +400,7 @@ def test_help_names_every_option_of_the_contract(
     assert cli.main(["reconstruct", "--help"]) == 0
     text = capsys.readouterr().out
     fixed = "--preset --device --resolution --seed --report --field --quiet -o"
-    ours = "--normals --viewpoint --remove-outliers --level --trim --min-component --faces"
+    ours = "--normals --viewpoint --remove-outliers --level --shell --trim --min-component --faces"
     assert [option for option in f"{fixed} {ours}".split() if option not in text] == []
 
 

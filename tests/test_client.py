@@ -774,6 +774,12 @@ def test_every_option_reaches_the_server(
     assert capsys.readouterr() == ("", "")
 
 
+def test_a_shell_reaches_the_server(service: Service, knot: Path, tmp_path: Path) -> None:
+    call = ["submit", str(knot), "-o", str(tmp_path / "a.stl"), "--url", service.url, "--shell", "0.5", "--quiet"]
+    assert cli.main(call) == 0
+    assert schemas.JobOptions(**service.clouds[0][2]).shell == 0.5
+
+
 def test_the_key_may_come_from_a_file_and_not_from_an_option(
     service: Service, knot: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -43,6 +43,7 @@ from sdfserver.errors import ConfigError
         (MeshConfig, {"target_faces": 2}),
         (MeshConfig, {"level_world": float("inf")}),
         (MeshConfig, {"trim_distance_world": -1.0}),
+        (MeshConfig, {"shell_world": 0.0}),
     ],
 )
 def test_a_setting_out_of_range_is_refused_with_its_name_and_value(kind: Any, settings: dict[str, Any]) -> None:

@@ -29,6 +29,10 @@ def with_normals(mesh: TriangleMesh) -> TriangleMesh:
     return replace(mesh, normals=vertex_normals(mesh.vertices, mesh.faces))
 
 
+def measured(mesh: TriangleMesh, cloud: PointCloud) -> TriangleMesh:
+    return replace(mesh, confidence=support_of(mesh, cloud).astype(np.float32))
+
+
 def border_rows(mesh: TriangleMesh) -> np.ndarray:
     edges = np.sort(np.concatenate([mesh.faces[:, [0, 1]], mesh.faces[:, [1, 2]], mesh.faces[:, [2, 0]]]), axis=1)
     found, count = np.unique(edges, axis=0, return_counts=True)
@@ -42,7 +46,7 @@ def test_points_all_over_a_surface_support_all_of_it(n: int) -> None:
     assert support.shape == (len(BALL.vertices),)
     assert support.mean() > 0.95
     assert support.min() > 0.6
-    mesh, report = as_asked(BALL, support, cloud, "open")
+    mesh, report = as_asked(measured(BALL, cloud), cloud, "open")
     assert (report.kind, report.holes, report.unsupported) == ("closed", 0, 0.0)
     assert mesh.faces is BALL.faces
     assert mesh.confidence is not None
@@ -93,13 +97,13 @@ def test_sparse_points_beside_dense_ones_support_as_well(ratio: int, strip: floa
     cloud = hard.together(part(dense, dense.points[:, 2] > 0), part(sparse, sparse.points[:, 2] <= 0))
     support = support_of(BALL, cloud)
     assert (support < DEEP).mean() <= strip
-    assert as_asked(BALL, support, cloud, "auto")[1].kind == "closed"
+    assert as_asked(measured(BALL, cloud), cloud, "auto")[1].kind == "closed"
 
 
 @pytest.mark.parametrize("asked", ["auto", "open"])
 def test_an_open_surface_ends_where_its_points_end_along_a_smooth_border(asked: str) -> None:
     cloud = part(sphere(20_000), sphere(20_000).points[:, 2] < 0)
-    mesh, report = as_asked(BALL, support_of(BALL, cloud), cloud, asked)  # type: ignore[arg-type]
+    mesh, report = as_asked(measured(BALL, cloud), cloud, asked)  # type: ignore[arg-type]
     assert (report.asked, report.kind, report.holes, report.cut) == (asked, "open", 1, 1)
     assert report.unsupported == pytest.approx(0.5, abs=0.03)
     assert ("is an open one" in report.why) == (asked == "auto")
@@ -121,7 +125,7 @@ def test_an_open_surface_ends_where_its_points_end_along_a_smooth_border(asked: 
 
 def test_closed_is_closed_and_still_says_what_was_measured() -> None:
     cloud = part(sphere(5000), sphere(5000).points[:, 2] < 0)
-    mesh, report = as_asked(BALL, support_of(BALL, cloud), cloud, "closed")
+    mesh, report = as_asked(measured(BALL, cloud), cloud, "closed")
     assert (report.kind, report.holes, report.cut) == ("closed", 1, 0)
     assert mesh_health(mesh).watertight
     assert mesh.confidence is not None
@@ -135,7 +139,7 @@ def test_a_narrow_hole_is_bridged_and_a_wide_one_cut_if_asked() -> None:
     for across, holes in ((8 * gap, 0), (20 * gap, 1)):
         away = np.linalg.norm(whole.points - [1.0, 0, 0], axis=1)
         cloud = part(whole, away > across / 2)
-        _, report = as_asked(BALL, support_of(BALL, cloud), cloud, "open")
+        _, report = as_asked(measured(BALL, cloud), cloud, "open")
         assert report.holes == holes
 
 
@@ -143,13 +147,13 @@ def test_auto_opens_the_end_of_a_scan_but_not_a_hole_within() -> None:
     """A cap that is missing is an end; a hole of the same size inside of a ring has points beyond its rim."""
     ball, ring = sphere(30_000), torus(30_000)
     tip = part(ball, ball.points[:, 2] < 0.93)
-    mesh, report = as_asked(BALL, support_of(BALL, tip), tip, "auto")
+    mesh, report = as_asked(measured(BALL, tip), tip, "auto")
     assert report.kind == "open"
     assert "scan ends at 1 of the holes" in report.why
     assert mesh.vertices[:, 2].max() == pytest.approx(0.93, abs=0.05)
     inner = part(ring, np.linalg.norm(ring.points - [0.4, 0, 0], axis=1) > 0.13)
     doughnut = with_normals(hard.torus_mesh())
-    mesh, report = as_asked(doughnut, support_of(doughnut, inner), inner, "auto")
+    mesh, report = as_asked(measured(doughnut, inner), inner, "auto")
     assert (report.kind, report.holes) == ("closed", 1)
     assert "in holes within the scan" in report.why
     assert mesh_health(mesh).watertight
@@ -157,7 +161,7 @@ def test_auto_opens_the_end_of_a_scan_but_not_a_hole_within() -> None:
 
 def test_a_mesh_without_any_support_is_left_whole() -> None:
     far = PointCloud(points=sphere(500).points + 100.0, normals=-sphere(500).points)
-    mesh, report = as_asked(BALL, support_of(BALL, far), far, "open")
+    mesh, report = as_asked(measured(BALL, far), far, "open")
     assert (report.kind, report.cut) == ("closed", 0)
     assert "no points support" in report.why
     assert len(mesh.faces) == len(BALL.faces)

@@ -142,6 +142,7 @@ def mesh_config(options: MeshOptions, preset: str, max_resolution: int) -> MeshC
         resolution=options.resolution or base.resolution,
         auto_range=(min(low, max_resolution), min(high, max_resolution)),
         level_world=options.level,
+        shell_world=options.shell,
         surface=options.surface,
         trim_distance_world=options.trim,
         min_component_share=options.min_component,
@@ -458,6 +459,7 @@ _OPTIONS = {
     "--surface open": "surface=open",
     "--surface": "surface",
     "--resolution": "resolution",
+    "--faces": "faces",
 }
 """The command's options, and what they are called here."""
 

@@ -163,14 +163,16 @@ def test_points_must_be_points(served: Served) -> None:
 
 
 def test_another_mesh_is_made_without_another_fit(served: Served) -> None:
-    answer = served.api.post(served.job["links"]["meshes"], json={"resolution": 24, "level": 0.02})
+    answer = served.api.post(served.job["links"]["meshes"], json={"resolution": 24, "level": 0.02, "shell": 0.15})
     assert answer.status_code == 202, answer.text
     child = wait(served, answer.headers["location"])
     assert child["state"] == "succeeded", child
     assert (child["kind"], child["links"]["parent"]) == ("mesh", served.job["links"]["self"])
     report, parent = (served.api.get(job["links"]["report"]).json() for job in (child, served.job))
     assert report["mesh"]["faces"] < parent["mesh"]["faces"]
-    assert report["mesh"]["volume"] > parent["mesh"]["volume"]
+    assert report["mesh"]["offset"]["shell"]["thinnest"] == pytest.approx(0.15, rel=0.25)
+    assert 0 < report["mesh"]["volume"] < parent["mesh"]["volume"]
+    assert 0 < report["mesh"]["volume_tolerance"] < 0.2 * report["mesh"]["volume"]
     same = [served.api.get(job["links"]["field"]).content for job in (child, served.job)]
     assert same[0] == same[1]
     points = {"points": [[0.1, 0.2, 0.3]]}

@@ -105,6 +105,8 @@ OUT_OF_RANGE: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"preset": "best"}, ("preset", "best", "draft")),
     ({"level": "deep"}, ("level", "deep")),
     ({"trim": -0.5}, ("trim", "-0.5")),
+    ({"shell": 0}, ("shell", "0")),
+    ({"shell": 2, "trim": 0.5}, ("shell makes a closed wall, which trim would cut open",)),
     ({"min_component": 1.5}, ("min_component", "1.5")),
     ({"faces": 3}, ("faces", "3")),
     ({"priority": 11}, ("priority", "11")),
