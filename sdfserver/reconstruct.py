@@ -33,6 +33,7 @@ from sdfserver.metrics import cloud_to_mesh, mesh_health
 from sdfserver.progress import Progress as Progress
 from sdfserver.refine import RefineReport
 from sdfserver.sampling import sketch_rows
+from sdfserver.sharp import sharpen
 from sdfserver.siren import Siren
 from sdfserver.winding import spacing_of
 
@@ -354,7 +355,10 @@ def mesh_field(
                 surface = extract(capped, **settings | {"on_progress": None})  # progress never falls
         except NoSurfaceError as error:
             raise error.scaled(1 / field.frame.scale) from None
-        triangles = finish_mesh(to_world(surface, field.frame), cloud, config, device=str(field.device))
+        triangles, creases = to_world(surface, field.frame), None
+        if config.sharp:
+            triangles, creases = sharpen(triangles, cloud, device=str(field.device))
+        triangles = finish_mesh(triangles, cloud, config, device=str(field.device))
     with clock.running("measure"):
         accuracy = asdict(cloud_to_mesh(cloud, triangles, max_points=MEASURED_POINTS, device=field.device))
         health = asdict(mesh_health(triangles, device=field.device))
@@ -368,8 +372,9 @@ def mesh_field(
             "field_evaluations": surface.evaluations,
             "gradient_evaluations": surface.gradient_evaluations,
             "cut_by_frame": cut,
+            "sharp": None if creases is None else asdict(creases),
         },
-        "warnings": [_CUT] if cut else [],
+        "warnings": [*([_CUT] if cut else []), *([] if creases is None else creases.warnings())],
     }
     return MeshedField(mesh=triangles, report=report)
 

@@ -62,6 +62,15 @@ class MeshOptions(_Model):
         float, Field(ge=0, le=1, description="Drop parts with less than this share of the largest one's area.")
     ] = 0.0
     faces: Annotated[int | None, Field(ge=4, le=2**31 - 1, description="Simplify to about this many faces.")] = None
+    sharp: Annotated[
+        bool, Field(description="Keep the creases of the cloud sharp, along edges of the mesh; needs level 0.")
+    ] = False
+
+    @model_validator(mode="after")
+    def _sharp_needs_level_zero(self) -> "MeshOptions":
+        if self.sharp and self.level != 0:
+            raise ValueError(f"sharp needs level 0, and level is {self.level}; leave one of them out")
+        return self
 
 
 class JobOptions(MeshOptions):
