@@ -63,10 +63,10 @@ FEWEST = 2.5
 BORDER = 0.15
 """What each neighbour on another side costs, in mean lengths of edges."""
 SWEEPS = 8
-ENDS, ASIDE = 0.25, 0.5
-"""A normal is that of a side up to this share of the turn. Farther from both it is between them, unless it is on yet
-another side: its product with the direction of the crease is larger than this."""
-MOST_BETWEEN, MOST_ON_THE_WHOLE = 0.2, 0.03
+ENDS, ASIDE = 0.25, 0.7
+"""A normal is that of a side up to this share of the turn, seen along the crease; farther from both it is between them.
+One whose product with the direction of the crease is larger than the second is on yet another side."""
+MOST_BETWEEN, MOST_ON_THE_WHOLE = 0.2, 0.015
 """How many normals may be between for one of the sides': at one edge, and on average along a crease."""
 FEWEST_BESIDE = 3
 """Points on either side, of the NEAR ones, without which an edge crosses nothing."""
@@ -311,15 +311,16 @@ def _normals_around(cloud: _Cloud, sides: Sides, ends: Rows, middles: Floats) ->
     for start in range(0, len(ends), CHUNK):
         part = slice(start, start + CHUNK)
         a, b = sides.normals[ends[part, 0]], sides.normals[ends[part, 1]]
-        turn = angle(a, b)[:, None]
+        along = unit(np.cross(a, b))
         _, rows = cloud.search.query(middles[part], min(NEAR, len(cloud.points)))
         around = cloud.normals[rows]
-        from_a, from_b = angle(a[:, None], around), angle(b[:, None], around)
-        beside[part, 0] = (from_a <= ENDS * turn).sum(axis=1)
-        beside[part, 1] = (from_b <= ENDS * turn).sum(axis=1)
-        aside = np.abs(dot(unit(np.cross(a, b))[:, None], around))
-        within = (np.minimum(from_a, from_b) > ENDS * turn) & (np.maximum(from_a, from_b) < turn)
-        between[part] = (within & (aside < ASIDE)).sum(axis=1)
+        # A side that is bent along the crease, as in a bore, has normals out of the plane that the crease crosses.
+        turned = np.arctan2(dot(np.cross(along, a)[:, None], around), dot(a[:, None], around))
+        share = turned / angle(a, b)[:, None]
+        here = np.abs(dot(along[:, None], around)) < ASIDE
+        beside[part, 0] = (here & (np.abs(share) <= ENDS)).sum(axis=1)
+        beside[part, 1] = (here & (np.abs(share - 1) <= ENDS)).sum(axis=1)
+        between[part] = (here & (np.abs(share - 0.5) < 0.5 - ENDS)).sum(axis=1)
     return beside, between
 
 
