@@ -37,7 +37,7 @@ from sdfserver.reconstruct import fit_field, mesh_field
 
 BANDS = 0.0025, 0.01
 SAMPLES = 60_000
-CASES = "fandisk_50k", "fixed_top_100k", "srb_daratech", "nefertiti_5k"
+CASES = "fandisk_50k", "fixed_top_100k", "srb_daratech"
 NOISY = {"name": "fandisk_noise", "sample": "meshes/fandisk.obj", "points": 50_000, "noise": 0.001, "normal_noise": 0.1}
 """0.1% of the diagonal, and 8 degrees on the normals."""
 PX, TITLE = 360, 18
