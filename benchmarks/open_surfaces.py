@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 from scipy.spatial import cKDTree
 
@@ -34,7 +33,7 @@ from sdfserver.cloud import PointCloud
 from sdfserver.config import PRESETS, MeshConfig
 from sdfserver.io import read_cloud, read_mesh
 from sdfserver.mesh import TriangleMesh, keep_faces, vertex_normals
-from sdfserver.metrics import compare_meshes, mesh_health
+from sdfserver.metrics import border_points, compare_meshes, mesh_health
 from sdfserver.preview import picture
 from sdfserver.reconstruct import fit_field, mesh_field
 from sdfserver.sampling import normals_of
@@ -89,7 +88,7 @@ def measured(mesh: TriangleMesh, truth: TriangleMesh) -> dict[str, Any]:
     """How far `mesh` is from the truth, in percent of the truth's diagonal."""
     percent = 100 / float(np.linalg.norm(np.ptp(truth.vertices, axis=0)))
     far, health = compare_meshes(mesh, truth, samples=50_000), mesh_health(mesh)
-    rims = [_rim(mesh), _rim(truth)]
+    rims = [border_points(mesh), border_points(truth)]
     rim = float(cKDTree(rims[1]).query(rims[0])[0].mean()) * percent if len(rims[0]) and len(rims[1]) else None
     return {
         "dC": far.chamfer * percent,
@@ -100,20 +99,6 @@ def measured(mesh: TriangleMesh, truth: TriangleMesh) -> dict[str, Any]:
         "non_manifold_edges": health.non_manifold_edges,
         "watertight": health.watertight,
     }
-
-
-def _rim(mesh: TriangleMesh) -> NDArray[np.float64]:
-    """Points (n, 3) all along the borders of a mesh."""
-    faces = mesh.faces
-    edges = np.sort(np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]), axis=1)
-    found, count = np.unique(edges, axis=0, return_counts=True)
-    a, b = (mesh.vertices[found[count == 1, end]] for end in (0, 1))
-    shortest = float(np.linalg.norm(np.ptp(mesh.vertices, axis=0))) / 2000
-    pieces = np.maximum(1, np.ceil(np.linalg.norm(b - a, axis=1) / shortest)).astype(np.int64)
-    which = np.repeat(np.arange(len(a)), pieces)
-    place = (np.arange(len(which)) - np.repeat(np.cumsum(pieces) - pieces, pieces) + 0.5) / pieces[which]
-    points: NDArray[np.float64] = a[which] + place[:, None] * (b - a)[which]
-    return points
 
 
 def poisson_meshes(cloud: PointCloud) -> tuple[list[TriangleMesh], list[TriangleMesh]]:

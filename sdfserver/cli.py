@@ -182,6 +182,14 @@ FacesOption = Annotated[
         help="Simplify the mesh to about this many faces.",
     ),
 ]
+SharpOption = Annotated[
+    bool,
+    typer.Option(
+        "--sharp",
+        rich_help_panel="Mesh",
+        help="Keep the creases of the cloud sharp, along edges of the mesh: for machined parts.",
+    ),
+]
 ReportOption = Annotated[
     Path | None,
     typer.Option(
@@ -313,6 +321,7 @@ def reconstruct(
     trim: TrimOption = None,
     min_component: ComponentOption = None,
     faces: FacesOption = None,
+    sharp: SharpOption = False,
     report: ReportOption = None,
     field: FieldOption = None,
     work_dir: WorkDirOption = None,
@@ -335,6 +344,7 @@ def reconstruct(
         trim_distance_world=trim,
         min_component_share=min_component,
         target_faces=faces,
+        sharp=sharp,
     )
     _check_paths(cloud, output, report=report, field=field)
     if work_dir is not None and (remove_outliers or normals == "estimate"):
@@ -388,6 +398,7 @@ def submit(
     trim: TrimOption = None,
     min_component: ComponentOption = None,
     faces: FacesOption = None,
+    sharp: SharpOption = False,
     report: ReportOption = None,
     field: FieldOption = None,
     url: Annotated[
@@ -438,6 +449,7 @@ def submit(
         "trim": trim,
         "min_component": min_component,
         "faces": faces,
+        "sharp": sharp,
         "priority": priority,
     }
     from sdfserver.client import Client

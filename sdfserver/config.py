@@ -332,6 +332,8 @@ class MeshConfig:
     """Simplify to about this many faces; None keeps them all."""
     projection_steps: int = 2
     """Clamped Newton steps that move each vertex onto the level set."""
+    sharp: bool = False
+    """Give the mesh the creases that the cloud has; only for the surface itself, at level 0."""
 
     def __post_init__(self) -> None:
         for cells in (*self.auto_range, *(() if self.resolution == "auto" else (self.resolution,))):
@@ -354,6 +356,9 @@ class MeshConfig:
         faces = self.target_faces
         _require(faces is None or faces >= 4, f"target_faces is {faces}; it must be at least 4")
         _require(0 <= self.projection_steps <= 10, f"projection_steps is {self.projection_steps}; it must be 0 to 10")
+        level = self.level_world
+        _require(not self.sharp or level == 0, f"sharp needs level 0, and level is {level}: leave one of them out")
+        _require(not self.sharp or shell is None, "sharp keeps creases of the surface, not of a shell: choose one")
 
     @property
     def is_offset(self) -> bool:

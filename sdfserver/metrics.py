@@ -213,6 +213,38 @@ def sample_surface(
     return (1 - s) * a + s * (1 - t) * b + s * t * c, _unit(area_vectors[face])
 
 
+def crease_points(mesh: TriangleMesh, *, degrees: float = 30.0, step: float | None = None) -> NDArray[np.float64]:
+    """Points (n, 3) at even steps along the edges of `mesh` whose two faces turn by more than `degrees`.
+
+    `step` defaults to a 2000th of the diagonal. Edges with one face, or more than two, are no creases.
+    """
+    halves = np.concatenate([mesh.faces[:, [0, 1]], mesh.faces[:, [1, 2]], mesh.faces[:, [2, 0]]])
+    face = np.tile(np.arange(len(mesh.faces)), 3)
+    edges, edge, count = np.unique(np.sort(halves, axis=1), axis=0, return_inverse=True, return_counts=True)
+    order = np.argsort(edge.ravel(), kind="stable")
+    first = (np.cumsum(count) - count)[count == 2]
+    normals = _unit(face_normals(mesh.vertices, mesh.faces))
+    cosine = (normals[face[order[first]]] * normals[face[order[first + 1]]]).sum(axis=1)
+    return _along(mesh, edges[count == 2][cosine < np.cos(np.radians(degrees))], step)
+
+
+def border_points(mesh: TriangleMesh, *, step: float | None = None) -> NDArray[np.float64]:
+    """Points (n, 3) at even steps along the edges of `mesh` that have one face; `step` as of crease_points."""
+    halves = np.concatenate([mesh.faces[:, [0, 1]], mesh.faces[:, [1, 2]], mesh.faces[:, [2, 0]]])
+    edges, count = np.unique(np.sort(halves, axis=1), axis=0, return_counts=True)
+    return _along(mesh, edges[count == 1], step)
+
+
+def _along(mesh: TriangleMesh, edges: NDArray[np.int64], step: float | None) -> NDArray[np.float64]:
+    a, b = mesh.vertices[edges].swapaxes(0, 1)
+    step = step or float(np.linalg.norm(np.ptp(mesh.vertices, axis=0))) / 2000
+    parts = np.maximum(1, np.ceil(np.linalg.norm(b - a, axis=1) / step).astype(np.int64))
+    row = np.repeat(np.arange(len(a)), parts)
+    share = (np.arange(len(row)) - np.repeat(np.cumsum(parts) - parts, parts) + 0.5) / parts[row]
+    points: NDArray[np.float64] = a[row] + share[:, None] * (b - a)[row]
+    return points
+
+
 class Triangles:
     """Faces prepared on `device` for distances: closest points of many pairs of a point and a face.
 

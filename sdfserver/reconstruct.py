@@ -36,6 +36,7 @@ from sdfserver.offset import OffsetMesh, offset_mesh
 from sdfserver.progress import Progress as Progress
 from sdfserver.refine import RefineReport
 from sdfserver.sampling import sketch_rows
+from sdfserver.sharp import SharpReport, sharpen
 from sdfserver.siren import Siren
 from sdfserver.support import LEAST_PIECE, SUPPORTERS, SurfaceReport, as_asked, support_of
 from sdfserver.tolerance import displacement, tolerance
@@ -352,6 +353,7 @@ def mesh_field(
     }
     source: ScalarField = field
     found: OffsetMesh | None = None
+    creases: SharpReport | None = None
     with clock.running("mesh"):
         try:
             surface = extract(field, **settings)
@@ -379,6 +381,9 @@ def mesh_field(
             )
             shaped = _opened(attributes_from(base, found.mesh), cloud, config, config.surface_asked, device)
             triangles = shaped.mesh
+        elif config.sharp:
+            sharpened, creases = sharpen(base, cloud, device=device)
+            triangles = finish_mesh(attributes_from(base, sharpened), cloud, config)
         else:
             triangles = finish_mesh(base, cloud, config)
         triangles = replace(triangles, colors=colors_of(triangles, cloud, device=device))
@@ -407,9 +412,14 @@ def mesh_field(
             "gradient_evaluations": surface.gradient_evaluations + (0 if found is None else found.gradient_evaluations),
             "cut_by_frame": cut,
             "offset": None if found is None else found.about,
+            "sharp": None if creases is None else asdict(creases),
         },
         "surface": asdict(shaped.report) | {"confidence": _mean_confidence(triangles)},
-        "warnings": [*([_CUT] if cut else []), *([] if found is None else found.warnings)],
+        "warnings": [
+            *([_CUT] if cut else []),
+            *([] if found is None else found.warnings),
+            *([] if creases is None else creases.warnings()),
+        ],
     }
     return MeshedField(mesh=triangles, report=report)
 

@@ -74,6 +74,17 @@ class MeshOptions(_Model):
         float, Field(ge=0, le=1, description="Drop parts with less than this share of the largest one's area.")
     ] = 0.0
     faces: Annotated[int | None, Field(ge=4, le=2**31 - 1, description="Simplify to about this many faces.")] = None
+    sharp: Annotated[
+        bool, Field(description="Keep the creases of the cloud sharp, along edges of the mesh; needs level 0.")
+    ] = False
+
+    @model_validator(mode="after")
+    def _sharp_needs_level_zero(self) -> "MeshOptions":
+        if self.sharp and self.level != 0:
+            raise ValueError(f"sharp needs level 0, and level is {self.level}; leave one of them out")
+        if self.sharp and self.shell is not None:
+            raise ValueError("sharp keeps creases of the surface, not of a shell; leave one of them out")
+        return self
 
     @model_validator(mode="after")
     def _a_shell_is_closed(self) -> "MeshOptions":

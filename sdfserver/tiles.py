@@ -155,6 +155,8 @@ def reconstruct_tiles(
 
     The mesh is one, watertight across tiles. Raises as reconstruct does, and OutputError as fit_tiles.
     """
+    if mesh is not None and mesh.sharp:
+        raise ConfigError("sharp needs all points in memory, and tiles never have them there: leave one of them out")
     clock = Clock(on_progress)
     fitted = fit_tiles(path, folder, preset=preset, device=device, seed=seed, clock=clock, should_stop=should_stop)
     return reconstruction_of(fitted, mesh or PRESETS[preset].mesh, clock=clock, should_stop=should_stop)

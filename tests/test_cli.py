@@ -152,6 +152,13 @@ def test_a_shell_reaches_the_fit(fit: Fit, knot: str, tmp_path: Path) -> None:
     assert (fit.options["mesh"].level_world, fit.options["mesh"].shell_world) == (1, 0.5)
 
 
+def test_sharp_edges_can_be_asked_for(fit: Fit, knot: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["reconstruct", knot, "-o", str(tmp_path / "a.ply"), "--sharp"]) == 0
+    assert fit.options["mesh"].sharp
+    assert cli.main(["reconstruct", knot, "-o", str(tmp_path / "a.ply"), "--sharp", "--level", "0.1"]) == 2
+    assert "sharp needs level 0" in capsys.readouterr().err
+
+
 def test_an_automatic_resolution_can_be_asked_for(fit: Fit, knot: str, tmp_path: Path) -> None:
     assert cli.main(["reconstruct", knot, "-o", str(tmp_path / "a.ply"), "--resolution", "auto"]) == 0
     assert fit.options["mesh"].resolution == "auto"

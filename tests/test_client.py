@@ -770,6 +770,8 @@ def test_every_option_reaches_the_server(
         faces=9,
         priority=3,
     )
+    assert cli.main(["submit", str(knot), "-o", str(tmp_path / "a.obj"), "--sharp", "--quiet"]) == 0
+    assert schemas.JobOptions(**service.clouds[1][2]) == schemas.JobOptions(sharp=True)
     assert {headers["authorization"] for _, headers in service.requests} == {"Bearer from-the-environment"}
     assert capsys.readouterr() == ("", "")
 

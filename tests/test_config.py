@@ -55,6 +55,12 @@ def test_a_setting_out_of_range_is_refused_with_its_name_and_value(kind: Any, se
     assert name.split("_")[0] in str(caught.value)
 
 
+def test_sharp_edges_are_for_the_surface_itself() -> None:
+    assert MeshConfig(sharp=True).sharp
+    with pytest.raises(ConfigError, match=r"sharp needs level 0, and level is 0\.5"):
+        MeshConfig(sharp=True, level_world=0.5)
+
+
 def test_presets_cost_more_from_draft_to_paper() -> None:
     steps = [PRESETS[name].fit.steps for name in ("draft", "standard", "fine", "paper")]
     assert steps == sorted(set(steps))

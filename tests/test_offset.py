@@ -211,7 +211,7 @@ def test_a_surface_that_is_closed_along_walls_is_offset_with_them() -> None:
     floor = ExactField(lambda x: x[:, 2])
     points = np.random.default_rng(0).uniform(-0.9, 0.9, (3000, 3)) * [1, 1, 0]
     cloud = cloud_of(points, np.tile([0.0, 0, 1], (3000, 1)))
-    found = mesh_field(floor, cloud, MeshConfig(resolution=32, level_world=0.2 / SCALE))  # type: ignore[arg-type]
+    found = mesh_field(floor, cloud, MeshConfig(resolution=32, level_world=0.2 / SCALE, surface="closed"))  # type: ignore[arg-type]
     report, x = found.report["mesh"], (found.mesh.vertices - CENTER) * SCALE
     assert (report["watertight"], report["cut_by_frame"]) == (True, True)
     np.testing.assert_allclose(x.max(axis=0), [1.2 - 1 / 32, 1.2 - 1 / 32, 0.2], atol=0.01)

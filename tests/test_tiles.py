@@ -72,6 +72,12 @@ def test_the_mesh_of_many_tiles_is_one_and_closed(cloud: PointCloud, file: Path,
     assert [p.fraction for p in seen] == sorted(p.fraction for p in seen)
 
 
+def test_sharp_edges_are_refused_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="sharp needs all points in memory"):
+        reconstruct_tiles(tmp_path / "none.ply", tmp_path / "work", preset="small", mesh=MeshConfig(sharp=True))
+    assert not (tmp_path / "work").exists()
+
+
 def test_tiles_have_every_point_of_their_cells(cloud: PointCloud, file: Path, tmp_path: Path) -> None:
     """However many tiles: the same cells from the same points, so that only chance tells the networks apart."""
     many = run(file, tmp_path / "many")

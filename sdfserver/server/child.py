@@ -147,6 +147,7 @@ def mesh_config(options: MeshOptions, preset: str, max_resolution: int) -> MeshC
         trim_distance_world=options.trim,
         min_component_share=options.min_component,
         target_faces=options.faces,
+        sharp=options.sharp,
     )
 
 

@@ -102,3 +102,8 @@ def test_an_error_of_our_own_is_told_and_ends_the_job_alone(caplog: pytest.LogCa
 )
 def test_options_are_called_what_they_are_called_in_the_interface(said: str, here: str) -> None:
     assert child._in_our_words(said, TASK) == here
+
+
+def test_sharp_edges_asked_for_are_those_of_the_mesh() -> None:
+    assert child.mesh_config(JobOptions(sharp=True), "standard", 512).sharp
+    assert not child.mesh_config(JobOptions(), "standard", 512).sharp

@@ -109,6 +109,7 @@ OUT_OF_RANGE: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"shell": 2, "trim": 0.5}, ("shell makes a closed wall, which trim would cut open",)),
     ({"min_component": 1.5}, ("min_component", "1.5")),
     ({"faces": 3}, ("faces", "3")),
+    ({"sharp": True, "level": 0.5}, ("sharp", "level is 0.5")),
     ({"priority": 11}, ("priority", "11")),
     ({"seed": -4}, ("seed", "-4")),
     ({"max_seconds": 0}, ("max_seconds", "0")),
