@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Clouds with noise, beside screened Poisson at its best depth, chosen with the truth at hand.
 
-    python benchmarks/noise.py [--preset standard] [--data FOLDER] [--only NAME,NAME] [--points N] [--json FILE]
+    python benchmarks/noise.py [--preset standard] [--data FOLDER] [--only NAMES] [--levels 0.5,1] [--json FILE]
 
 Points of known surfaces, moved by normally distributed noise of 0.1, 0.25, 0.5 and 1% of the diagonal along each axis,
 their normals by about 11 degrees along each of two. dC: half the sum of the two mean distances between mesh and truth,
@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("--preset", default="standard", choices=[*PRESETS])
     parser.add_argument("--data", type=Path)
     parser.add_argument("--only", default="")
+    parser.add_argument("--levels", default=",".join(map(str, NOISES)), help="noise, in percent")
     parser.add_argument("--points", type=int, default=100_000)
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
@@ -78,7 +79,7 @@ def main() -> None:
         if only and name not in only:
             continue
         percent = 100 / float(np.linalg.norm(np.ptp(truth.vertices, axis=0)))
-        for noise in NOISES:
+        for noise in map(float, asked.levels.split(",")):
             cloud, start = noisy(truth, asked.points, noise), time.process_time()
             made = reconstruct(cloud, preset=asked.preset, device="cpu")
             seconds = time.process_time() - start

@@ -3,7 +3,8 @@
 The points are those of one closed surface, sampled about evenly and more densely than its walls are thick; the normals
 are right and point out of the solid. `measure` says how far that holds, by a sample of the points; `warnings_of` says
 where it does not and what to do; `mended` turns single normals and patches that contradict their surroundings, averages
-normals that are mostly noise, and leaves outliers out. A cloud that needs none of it is returned as it came.
+normals that are mostly noise and points that noise spreads around the surface, and leaves outliers out. A cloud that
+needs none of it is returned as it came.
 
 World units, normals outward, as everywhere. Nothing here is random: the same cloud gives the same figures.
 """
@@ -20,7 +21,7 @@ from scipy.sparse.csgraph import connected_components
 from sdfserver.cloud import PointCloud
 from sdfserver.neighbours import neighbours_of
 from sdfserver.orientation import agreement_of
-from sdfserver.sampling import normals_of
+from sdfserver.sampling import SKETCH, THICK, normals_of, thickness
 from sdfserver.winding import AREA_NEIGHBOURS, DipoleTree, winding_number
 
 JUDGED = 20_000
@@ -29,6 +30,7 @@ VIEWS = 2000
 """Points of these at which the winding number is asked for on both sides."""
 NEIGHBOURS = 16
 MEAN_NEIGHBOURS = 12
+THICK_NEIGHBOURS, FEWEST_THICK = 96, 2000
 FAR, ODD = 3.0, 0.4
 """An outlier is so many times farther from its neighbours than is usual, and so much out of their planes (a sine)."""
 OUTLIER_ROUNDS = 2
@@ -60,6 +62,10 @@ ONE_SIDED = 0.3
 class Assumptions:
     """How far a cloud is from what is assumed of it. What can be mended is taken as mended by all that follow it."""
 
+    noise_thick: float
+    """Noise over the distance within which a point's neighbours lie, few or many; 0.4 where they are a ball of points.
+
+    0 for a cloud of few points, or of so many that it is not fitted as a whole."""
     outliers: float
     """Share of points far from all others, off any surface that these lie on."""
     normals_inconsistent: float
@@ -90,11 +96,12 @@ class Assumptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Mending:
-    """What was done to a cloud before the fit: points left out, normals turned, whether they were averaged."""
+    """What was done to a cloud before the fit: points left out, normals turned, what was averaged."""
 
     outliers: int = 0
     turned: int = 0
     averaged: bool = False
+    flattened: bool = False
 
 
 def measure(cloud: PointCloud, *, device: str = "cpu") -> Assumptions:
@@ -113,7 +120,13 @@ def measure(cloud: PointCloud, *, device: str = "cpu") -> Assumptions:
     thinned = math.sqrt(len(patch.points) / (whole * (1 - odd.mean())))
     beyond = patch.side()
     sizes = patch.parts()
+    thick = 0.0
+    if FEWEST_THICK <= whole <= SKETCH:
+        centred = points - (low + high) / 2
+        among = neighbours_of(centred, device)
+        thick = min(thickness(centred, normals, among, k) for k in (NEIGHBOURS, THICK_NEIGHBOURS))
     return Assumptions(
+        noise_thick=thick,
         outliers=float(odd.mean()),
         normals_inconsistent=agreement.flipped,
         one_sided=agreement.seam,
@@ -134,6 +147,13 @@ def warnings_of(found: Assumptions, mending: Mending | None = None) -> list[str]
     """In words, each beginning with the name of the assumption that fails: what was found, and what to do."""
     mending = mending or Mending()
     said = []
+    if found.noise_thick > THICK:
+        done = "each point was moved into the mean plane of those around it, which rounds what is small; "
+        said.append(
+            "noise_thick: the noise of the points is larger than the way between neighbours, so that they lie in a "
+            f"cloud around the surface and not on it; {done if mending.flattened else ''}scan with less noise, or "
+            "average several scans"
+        )
     if found.outliers > MOST_OUTLIERS:
         done = f"{mending.outliers:,} were left out" if mending.outliers else "use --remove-outliers"
         said.append(f"outliers: {_percent(found.outliers)} of the points lie off any surface; {done}")
@@ -203,11 +223,31 @@ def mended(cloud: PointCloud, found: Assumptions, *, device: str = "cpu") -> tup
         agreement = agreement_of(cloud.points, normals_of(cloud), device)
         cloud = replace(cloud, normals=normals_of(cloud) * agreement.signs[:, None])
         what = replace(what, turned=int((agreement.signs < 0).sum()))
+    if found.noise_thick > THICK:
+        cloud = _flattened(cloud, device)
+        what = replace(what, flattened=True)
     if found.normals_noisy > MOST_NOISE_DEGREES:
         patch = _Patch(cloud.points - cloud.points.mean(axis=0), normals_of(cloud), device)
         cloud = replace(cloud, normals=patch.means(with_itself=True))
         what = replace(what, averaged=True)
     return cloud, what
+
+
+def _flattened(cloud: PointCloud, device: str) -> PointCloud:
+    """The cloud with each point moved along the mean normal of its neighbours into their mean plane."""
+    centre = cloud.points.mean(axis=0)
+    points, normals = cloud.points - centre, normals_of(cloud)
+    among = neighbours_of(points, device)
+    moved, turned = np.empty_like(points), np.empty_like(normals)
+    for start in range(0, len(points), JUDGED):
+        part = slice(start, start + JUDGED)
+        _, near = among.query(points[part], min(THICK_NEIGHBOURS, len(points)))
+        mean = normals[near].mean(axis=1)
+        length = np.linalg.norm(mean, axis=1, keepdims=True)
+        mean = np.where(length > 1e-6, mean / np.maximum(length, 1e-6), normals[part])
+        above = np.einsum("ni,ni->n", points[part] - points[near].mean(axis=1), mean)
+        moved[part], turned[part] = points[part] - above[:, None] * mean, mean
+    return replace(cloud, points=moved + centre, normals=turned)
 
 
 class _Patch:

@@ -31,6 +31,9 @@ SURELY_WOUND, FEWEST_WOUND = 0.75, 0.001
 HELD_SHARE, FEWEST_HELD, MOST_HELD = 0.02, 5, 1000
 """Points of the cloud, and samples of the pool, that are held out of the fit: a share, within bounds."""
 NOISE_NEIGHBOURS, NOISE_POINTS = 24, 4000
+MORE_NEIGHBOURS, THICK_POINTS = (96, 384), 1000
+THICK = 0.3
+"""Noise over the reach of a point's neighbours above which it cannot be told from them. Scans tried have up to 0.12."""
 HERMITE_NEIGHBOURS, HERMITE_SHARE = 8, 0.8
 """Of a scan's noise, what is seen between nearest neighbours: it is alike there, and so are the normals."""
 MEDIAN_OF_NORMAL = 0.6745
@@ -223,12 +226,34 @@ def estimate_noise(
     """The standard deviation of the points along their normals, in the units of `points`.
 
     Medians over a few thousand points: creases and thin walls are few enough not to move them. By quadrics: what is
-    left of the 24 neighbours' heights over the tangent plane when the best quadric is taken away. By normals: how far
+    left of the 24 neighbours' heights over the tangent plane when the best quadric is taken away, or of more neighbours
+    where noise makes a ball of these. By normals: how far
     the 8 nearest lie off the plane through the midpoint across the mean of the two normals, which for any quadric is
     nothing (Hermite interpolation).
     """
-    k = min(NOISE_NEIGHBOURS, len(points) - 1)
     rows = rng.permutation(len(points))[:NOISE_POINTS]
+    by_quadrics, reach, neighbours = _off_quadrics(points, normals, among, rows, NOISE_NEIGHBOURS)
+    if by_quadrics > THICK * reach:
+        # The neighbours are a ball, not a sheet: more of them, and farther apart than the noise, show how thick it is.
+        for more in MORE_NEIGHBOURS:
+            by_quadrics, reach, _ = _off_quadrics(points, normals, among, rows[:THICK_POINTS], more)
+            if by_quadrics <= THICK * reach:
+                break
+        return Noise(by_quadrics=by_quadrics, by_normals=by_quadrics)
+    nearest = neighbours[:, 1 : 1 + HERMITE_NEIGHBOURS]
+    between = ((points[nearest] - points[rows, None]) * (normals[nearest] + normals[rows, None]) / 2).sum(axis=2)
+    by_normals = np.median(np.abs(between)) / (math.sqrt(2) * MEDIAN_OF_NORMAL * HERMITE_SHARE)
+    return Noise(by_quadrics=by_quadrics, by_normals=float(by_normals))
+
+
+def _off_quadrics(
+    points: NDArray[np.float64], normals: NDArray[np.float64], among: Neighbours, rows: NDArray[np.int64], k: int
+) -> tuple[float, float, NDArray[np.int64]]:
+    """How far the k neighbours of points in `rows` scatter about the best quadric, and how far off they are.
+
+    Standard deviation and largest distance, the medians; and the neighbours (n, k + 1), each point its own first.
+    """
+    k = min(k, len(points) - 1)
     distance, neighbours = among.query(points[rows], k + 1)
     reach = np.maximum(distance[:, -1:], 1e-12)
     offsets = (points[neighbours] - points[rows, None]) / reach[..., None]
@@ -241,11 +266,15 @@ def estimate_noise(
     coefficients = np.linalg.solve(gram, np.einsum("nki,nk->ni", quadric, height)[..., None])
     residual = height - (quadric @ coefficients)[..., 0]
     degrees_of_freedom = max(1, k + 1 - 6)
-    by_quadrics = float(np.median(np.sqrt((residual**2).sum(axis=1) / degrees_of_freedom) * reach[:, 0]))
-    nearest = neighbours[:, 1 : 1 + HERMITE_NEIGHBOURS]
-    between = ((points[nearest] - points[rows, None]) * (normals[nearest] + normals[rows, None]) / 2).sum(axis=2)
-    by_normals = np.median(np.abs(between)) / (math.sqrt(2) * MEDIAN_OF_NORMAL * HERMITE_SHARE)
-    return Noise(by_quadrics=by_quadrics, by_normals=float(by_normals))
+    off = float(np.median(np.sqrt((residual**2).sum(axis=1) / degrees_of_freedom) * reach[:, 0]))
+    return off, float(np.median(reach)), neighbours
+
+
+def thickness(points: NDArray[np.float64], normals: NDArray[np.float64], among: Neighbours, k: int) -> float:
+    """How far the k neighbours of a point scatter about a quadric, over how far off they are: 0.4 is a ball of them."""
+    rows = np.random.default_rng(0).permutation(len(points))[:THICK_POINTS]
+    off, reach, _ = _off_quadrics(points, normals, among, rows, k)
+    return off / reach
 
 
 def _space_pool(

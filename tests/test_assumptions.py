@@ -193,3 +193,27 @@ def test_neighbours_agree_about_single_normals_where_a_wire_leaves_them_no_say()
     cloud = hard.hair().cloud
     assert cloud.normals is not None
     assert agreement_of(cloud.points, cloud.normals).flipped < 0.01
+
+
+def test_points_that_noise_spreads_around_the_surface_are_brought_back_to_it() -> None:
+    cloud, rng = sphere(40_000), np.random.default_rng(1)
+    noisy = validate(PointCloud(points=cloud.points + 0.06 * rng.normal(size=(40_000, 3)), normals=cloud.normals))
+    found = measure(noisy)
+    assert found.noise_thick > 0.3
+    better, what = mended(noisy, found)
+    assert what.flattened
+    off = [np.abs(np.linalg.norm(some.points, axis=1) - 1).mean() for some in (noisy, better)]
+    assert off[1] < 0.5 * off[0]
+    assert names(warnings_of(found, what)) >= {"noise_thick"}
+    assert "was moved" in " ".join(warnings_of(found, what))
+    moved = mended(PointCloud(points=noisy.points + 1e6, normals=noisy.normals), found)[0]
+    np.testing.assert_allclose(moved.points - 1e6, better.points, atol=1e-6)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.01])
+def test_points_on_their_surface_stay_where_they_are(noise: float) -> None:
+    cloud, rng = sphere(20_000), np.random.default_rng(1)
+    noisy = PointCloud(points=cloud.points + noise * rng.normal(size=(20_000, 3)), normals=cloud.normals)
+    found = measure(noisy)
+    assert found.noise_thick < 0.25
+    assert mended(noisy, found)[0].points is noisy.points

@@ -126,11 +126,11 @@ def test_all_pieces_are_solved_and_written(tmp_path: Path) -> None:
         assert sheet.height > 900
 
 
-def test_a_relu_network_cannot_solve_helmholtz_for_it_has_no_second_derivatives() -> None:
+def test_a_relu_network_is_off_with_helmholtz_though_its_residual_does_not_show_it() -> None:
+    """It bends at creases alone, where no sample falls: what is asked for between them is not what it is."""
     siren, relu, *residuals = pair(helmholtz(SMALL), 200)
-    assert siren > relu + 2
-    assert residuals[0] < 0.5
-    assert residuals[1] > 0.9
+    assert siren > relu + 5
+    assert residuals[0] < 0.3
 
 
 def test_a_laplacian_of_nothing_is_nothing() -> None:
