@@ -21,7 +21,7 @@ from scipy.sparse.csgraph import connected_components
 from sdfserver.cloud import PointCloud
 from sdfserver.neighbours import neighbours_of
 from sdfserver.orientation import agreement_of
-from sdfserver.sampling import SKETCH, THICK, normals_of, thickness
+from sdfserver.sampling import SKETCH, THICK, noise_of, normals_of, thickness
 from sdfserver.winding import AREA_NEIGHBOURS, DipoleTree, winding_number
 
 JUDGED = 20_000
@@ -101,7 +101,8 @@ class Mending:
     outliers: int = 0
     turned: int = 0
     averaged: bool = False
-    flattened: bool = False
+    flattened: float | None = None
+    """Where points were moved into mean planes: what noise they had before, in world units."""
 
 
 def measure(cloud: PointCloud, *, device: str = "cpu") -> Assumptions:
@@ -148,11 +149,11 @@ def warnings_of(found: Assumptions, mending: Mending | None = None) -> list[str]
     mending = mending or Mending()
     said = []
     if found.noise_thick > THICK:
-        done = "each point was moved into the mean plane of those around it, which rounds what is small; "
+        moved = "each point was moved into the mean plane of those around it, which rounds what is small; "
+        done = "" if mending.flattened is None else moved
         said.append(
             "noise_thick: the noise of the points is larger than the way between neighbours, so that they lie in a "
-            f"cloud around the surface and not on it; {done if mending.flattened else ''}scan with less noise, or "
-            "average several scans"
+            f"cloud around the surface and not on it; {done}scan with less noise, or average several scans"
         )
     if found.outliers > MOST_OUTLIERS:
         done = f"{mending.outliers:,} were left out" if mending.outliers else "use --remove-outliers"
@@ -224,8 +225,8 @@ def mended(cloud: PointCloud, found: Assumptions, *, device: str = "cpu") -> tup
         cloud = replace(cloud, normals=normals_of(cloud) * agreement.signs[:, None])
         what = replace(what, turned=int((agreement.signs < 0).sum()))
     if found.noise_thick > THICK:
-        cloud = _flattened(cloud, device)
-        what = replace(what, flattened=True)
+        noise = noise_of(cloud, np.random.default_rng(0), device).least
+        cloud, what = _flattened(cloud, device), replace(what, flattened=noise)
     if found.normals_noisy > MOST_NOISE_DEGREES:
         patch = _Patch(cloud.points - cloud.points.mean(axis=0), normals_of(cloud), device)
         cloud = replace(cloud, normals=patch.means(with_itself=True))

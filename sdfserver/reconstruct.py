@@ -271,6 +271,8 @@ def fit_fields(
             "seconds": {**prepared.clock.seconds, "pool": fit_report.seconds_pool},
             "fit": fit_section(fit_report, prepared.frame),
         }
+        if prepared.mending.flattened is not None:
+            report["fit"]["noise"] = prepared.mending.flattened
         found[i] = FittedField(field=field, cloud=prepared.cloud, report=report)
     return [found[i] for i in range(len(jobs))]
 
