@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sdfserver.mesh import TriangleMesh, face_normals
-from sdfserver.sides import Floats, Rows, Sides, dot, unit
+from sdfserver.mesh import TriangleMesh, face_normals, unit_vectors
+from sdfserver.sides import Floats, Rows, Sides, dot
 
 RINGS = 3
 """Rings of faces around a crease whose vertices are moved for the sake of the triangles."""
@@ -190,7 +190,7 @@ class _Patch:
 
     def upright(self, x: Floats, rows: Rows | slice = slice(None)) -> Floats:
         """The cosines (r,) between the faces `rows` and their sides."""
-        return dot(unit(face_normals(x, self.faces[rows])), self.up[rows])
+        return dot(unit_vectors(face_normals(x, self.faces[rows])), self.up[rows])
 
     def evened(self, x: Floats) -> Floats:
         """The vertices x (v, 3), each about in the middle of its neighbours, on its side or crease."""
@@ -251,7 +251,7 @@ class _Patch:
             move, hits = np.zeros_like(x), np.zeros(self.count)
             for corner in range(3):
                 a, b, c = (self.faces[bad, (corner + step) % 3] for step in range(3))
-                inward = unit(np.cross(self.up[bad], x[c] - x[b]))
+                inward = unit_vectors(np.cross(self.up[bad], x[c] - x[b]))
                 push = (TALL * h - dot(x[a] - x[b], inward)).clip(0, STEP * h)[:, None] * inward
                 np.add.at(move, a, push * free[a, None])
                 np.add.at(hits, a, free[a])

@@ -39,6 +39,13 @@ class TriangleMesh:
     confidence: NDArray[np.float32] | None = None
 
 
+def unit_vectors(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Vectors (..., 3) of length one; those without length stay zero."""
+    length = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    unit: NDArray[np.float64] = vectors / np.where(length > 0, length, 1)
+    return unit
+
+
 def face_normals(vertices: NDArray[np.float64], faces: NDArray[np.int64]) -> NDArray[np.float64]:
     """Area vectors (f, 3): twice the area long, pointing outward."""
     a, b, c = vertices[faces[:, 0]], vertices[faces[:, 1]], vertices[faces[:, 2]]

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sdfserver.cloud import PointCloud
-from sdfserver.mesh import TriangleMesh, face_areas, face_components, face_normals
+from sdfserver.mesh import TriangleMesh, face_areas, face_components, face_normals, unit_vectors
 from sdfserver.neighbours import Neighbours, along_a_curve, neighbours_of
 
 Vectors = TypeVar("Vectors", NDArray[np.float64], Tensor)
@@ -108,8 +108,8 @@ def cloud_to_mesh(
         closest = closest_on_mesh(cloud.points[some], mesh, device=device)
     agreement = None
     if cloud.normals is not None:
-        normals = _unit(face_normals(mesh.vertices, mesh.faces)[closest.face])
-        agreement = float((_unit(cloud.normals[some]) * normals).sum(axis=1).mean())
+        normals = unit_vectors(face_normals(mesh.vertices, mesh.faces)[closest.face])
+        agreement = float((unit_vectors(cloud.normals[some]) * normals).sum(axis=1).mean())
     return CloudDistances(
         mean=float(closest.distance.mean()),
         p95=float(np.percentile(closest.distance, 95)),
@@ -126,8 +126,8 @@ def compare_meshes(
     points, normals = sample_surface(mesh, samples, rng)
     reference_points, reference_normals = sample_surface(reference, samples, rng)
     to_reference, to_mesh = closest_on_mesh(points, reference), closest_on_mesh(reference_points, mesh)
-    at_reference = _unit(face_normals(reference.vertices, reference.faces)[to_reference.face])
-    at_mesh = _unit(face_normals(mesh.vertices, mesh.faces)[to_mesh.face])
+    at_reference = unit_vectors(face_normals(reference.vertices, reference.faces)[to_reference.face])
+    at_mesh = unit_vectors(face_normals(mesh.vertices, mesh.faces)[to_mesh.face])
     accuracy, completeness = float(to_reference.distance.mean()), float(to_mesh.distance.mean())
     cosines = (normals * at_reference).sum(axis=1), (reference_normals * at_mesh).sum(axis=1)
     return MeshDistances(
@@ -210,7 +210,7 @@ def sample_surface(
     face = np.minimum(np.searchsorted(total, rng.random(n) * total[-1], side="right"), len(total) - 1)
     s, t = np.sqrt(rng.random((n, 1))), rng.random((n, 1))
     a, b, c = (mesh.vertices[mesh.faces[face, i]] for i in range(3))
-    return (1 - s) * a + s * (1 - t) * b + s * t * c, _unit(area_vectors[face])
+    return (1 - s) * a + s * (1 - t) * b + s * t * c, unit_vectors(area_vectors[face])
 
 
 def crease_points(mesh: TriangleMesh, *, degrees: float = 30.0, step: float | None = None) -> NDArray[np.float64]:
@@ -223,7 +223,7 @@ def crease_points(mesh: TriangleMesh, *, degrees: float = 30.0, step: float | No
     edges, edge, count = np.unique(np.sort(halves, axis=1), axis=0, return_inverse=True, return_counts=True)
     order = np.argsort(edge.ravel(), kind="stable")
     first = (np.cumsum(count) - count)[count == 2]
-    normals = _unit(face_normals(mesh.vertices, mesh.faces))
+    normals = unit_vectors(face_normals(mesh.vertices, mesh.faces))
     cosine = (normals[face[order[first]]] * normals[face[order[first + 1]]]).sum(axis=1)
     return _along(mesh, edges[count == 2][cosine < np.cos(np.radians(degrees))], step)
 
@@ -386,7 +386,7 @@ def _cylinders(corners: NDArray[np.float64]) -> list[_Cylinders]:
         starts = np.arange(0, len(corners), size)
         count = np.diff(np.r_[starts, len(corners)])
         center = np.add.reduceat(middle, starts, axis=1) / count
-        axis = np.ascontiguousarray(_unit(np.add.reduceat(side, starts, axis=1).T).T)
+        axis = np.ascontiguousarray(unit_vectors(np.add.reduceat(side, starts, axis=1).T).T)
         centers, axes = np.repeat(center, count, axis=1), np.repeat(axis, count, axis=1)
         height, across = np.zeros(len(corners)), np.zeros(len(corners))
         for corner in (a, b, c):
@@ -480,10 +480,3 @@ def _along_a_curve(points: NDArray[np.float64]) -> NDArray[np.int64]:
 def _dot(a: Vectors, b: Vectors) -> Vectors:
     product: Vectors = a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
     return product
-
-
-def _unit(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Vectors (n, 3) of length one; those without length stay zero."""
-    length = np.linalg.norm(vectors, axis=1, keepdims=True)
-    unit: NDArray[np.float64] = vectors / np.where(length > 0, length, 1)
-    return unit

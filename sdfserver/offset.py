@@ -23,7 +23,7 @@ from sdfserver.config import MeshConfig
 from sdfserver.errors import ExtractionError, NoSurfaceError
 from sdfserver.extract import ExtractedSurface, ScalarField, extract
 from sdfserver.field import SignedDistanceField
-from sdfserver.mesh import TriangleMesh, face_normals
+from sdfserver.mesh import TriangleMesh, face_normals, unit_vectors
 from sdfserver.metrics import Triangles, closest_on_mesh, sample_surface
 from sdfserver.neighbours import neighbours_of
 from sdfserver.queries import FieldQueries
@@ -79,7 +79,7 @@ class SurfaceDistance:
         self._around = np.argsort(corners, kind="stable") // 3
         self._count = np.bincount(corners, minlength=len(vertices))
         self._first = np.cumsum(self._count) - self._count
-        self._face_normals = _unit(face_normals(vertices, faces))
+        self._face_normals = unit_vectors(face_normals(vertices, faces))
         self._edge_normals = _edge_normals(faces, self._face_normals)
         self._vertex_normals = _corner_normals(vertices, faces, self._face_normals)
 
@@ -96,7 +96,7 @@ class SurfaceDistance:
         length = np.linalg.norm(off, axis=1)
         side = np.where((off * normal).sum(axis=1) < 0, -1.0, 1.0)
         near = length < 1e-9
-        way = np.where(near[:, None], _unit(normal), off * (side / np.where(near, 1, length))[:, None])
+        way = np.where(near[:, None], unit_vectors(normal), off * (side / np.where(near, 1, length))[:, None])
         return foot, side * length, way
 
     @cached_property
@@ -444,7 +444,7 @@ def _corner_normals(vertices: Floats, faces: Ints, normals: Floats) -> Floats:
     total = np.zeros_like(vertices)
     for corner in range(3):
         at, ahead, behind = (vertices[faces[:, (corner + k) % 3]] for k in range(3))
-        cosine = (_unit(ahead - at) * _unit(behind - at)).sum(axis=1)
+        cosine = (unit_vectors(ahead - at) * unit_vectors(behind - at)).sum(axis=1)
         weighted = np.arccos(np.clip(cosine, -1, 1))[:, None] * normals
         for axis in range(3):
             total[:, axis] += np.bincount(faces[:, corner], weighted[:, axis], minlength=len(vertices))
@@ -456,10 +456,3 @@ def _lattice(side: int) -> Floats:
     axis = np.arange(side, dtype=np.float64)
     nodes: Floats = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), axis=-1).reshape(-1, 3)
     return nodes
-
-
-def _unit(vectors: Floats) -> Floats:
-    """Vectors (n, 3) of length one; those without length stay zero."""
-    length = np.linalg.norm(vectors, axis=1, keepdims=True)
-    unit: Floats = vectors / np.where(length > 0, length, 1)
-    return unit

@@ -37,10 +37,10 @@ from scipy.sparse.csgraph import connected_components
 
 from sdfserver.cloud import PointCloud
 from sdfserver.creasing import Crossings, edges_of, face_edges, split_and_even
-from sdfserver.mesh import TriangleMesh, vertex_normals
+from sdfserver.mesh import TriangleMesh, unit_vectors, vertex_normals
 from sdfserver.neighbours import Neighbours, neighbours_of
 from sdfserver.sampling import normals_of
-from sdfserver.sides import Floats, Jets, Rows, Sides, angle, blended, dot, unit
+from sdfserver.sides import Floats, Jets, Rows, Sides, angle, blended, dot
 
 TURN = math.radians(25.0)
 """The least angle between the sides of a crease."""
@@ -311,7 +311,7 @@ def _normals_around(cloud: _Cloud, sides: Sides, ends: Rows, middles: Floats) ->
     for start in range(0, len(ends), CHUNK):
         part = slice(start, start + CHUNK)
         a, b = sides.normals[ends[part, 0]], sides.normals[ends[part, 1]]
-        along = unit(np.cross(a, b))
+        along = unit_vectors(np.cross(a, b))
         _, rows = cloud.search.query(middles[part], min(NEAR, len(cloud.points)))
         around = cloud.normals[rows]
         # A side that is bent along the crease, as in a bore, has normals out of the plane that the crease crosses.

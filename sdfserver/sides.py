@@ -18,6 +18,8 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
+from sdfserver.mesh import unit_vectors
+
 Floats = NDArray[np.float64]
 Rows = NDArray[np.int64]
 
@@ -31,12 +33,6 @@ STIFF = 0.3
 """Weight of a flat surface in the fit, in points: curvature is not made out of noise."""
 STEEP = 0.3
 """A neighbour with less than this for the cosine between its normal and the point's tells no slope."""
-
-
-def unit(vectors: Floats) -> Floats:
-    """Vectors (..., 3) at length 1; 0 stays 0."""
-    length = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    return vectors / np.where(length > 0, length, 1)
 
 
 def dot(a: Floats, b: Floats) -> Floats:
@@ -75,9 +71,9 @@ class Jets:
         by_place = np.exp(-dot(offset, offset) / (2 * WIDE**2))
         for _ in range(SETTLING):
             weights = by_place * _alike(angle(normals[:, None], near_normals))
-            normals = unit(np.einsum("mk,mki->mi", weights, near_normals))
+            normals = unit_vectors(np.einsum("mk,mki->mi", weights, near_normals))
         weights = by_place * _alike(angle(normals[:, None], near_normals))
-        across = unit(np.cross(normals, np.eye(3)[np.abs(normals).argmin(axis=1)]))
+        across = unit_vectors(np.cross(normals, np.eye(3)[np.abs(normals).argmin(axis=1)]))
         frames = np.stack([across, np.cross(normals, across), normals], axis=1)
         return cls(
             places=places,
@@ -178,6 +174,6 @@ def _names(kind: type[Jets] | type[Sides]) -> list[str]:
 
 def blended(jets: Jets, rows: Rows, weights: Floats, x: Floats, distances: Floats, normals: Floats) -> Sides:
     """The mean of jets `rows` (c, k) by `weights` (c, k) at x (c, 3), given their `distances` and `normals` there."""
-    mean = unit(np.einsum("ck,cki->ci", weights, normals))
+    mean = unit_vectors(np.einsum("ck,cki->ci", weights, normals))
     bends = np.einsum("ck,ckij->cij", weights, jets.bends()[rows])
     return Sides(places=x - dot(weights, distances)[:, None] * mean, normals=mean, bends=bends)

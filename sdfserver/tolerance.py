@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from sdfserver.cloud import PointCloud
-from sdfserver.mesh import TriangleMesh, face_areas, face_normals, vertex_normals
+from sdfserver.mesh import TriangleMesh, face_areas, face_normals, unit_vectors, vertex_normals
 from sdfserver.metrics import ClosestPoints
 from sdfserver.neighbours import along_a_curve, neighbours_of
 
@@ -62,15 +62,15 @@ def displacement(
     """How far `mesh` may be from the surface of `cloud`, whose points in `rows` (n,) are `closest` to it there."""
     if cloud.normals is None:
         raise ValueError("the cloud has no normals; estimate them first")
-    points, point_normals = cloud.points[rows], _unit(cloud.normals[rows])
-    facing = _unit(face_normals(mesh.vertices, mesh.faces[closest.face]))
+    points, point_normals = cloud.points[rows], unit_vectors(cloud.normals[rows])
+    facing = unit_vectors(face_normals(mesh.vertices, mesh.faces[closest.face]))
     off = ((points - closest.point) * facing).sum(axis=1)
     agreement = (point_normals * facing).sum(axis=1)
     # How much of the area is nearest to which point, and how far from it the surface may run.
     some = mesh.faces[:: -(-len(mesh.faces) // LOOKED_AT)]
     areas, centers = face_areas(mesh.vertices, some), mesh.vertices[some].mean(axis=1)
     far, near = (found[:, 0] for found in neighbours_of(points, device).query(centers, 1))
-    cosine = (_unit(face_normals(mesh.vertices, some)) * point_normals[near]).sum(axis=1)
+    cosine = (unit_vectors(face_normals(mesh.vertices, some)) * point_normals[near]).sum(axis=1)
     gap = float((areas * far * np.arccos(np.clip(cosine, -1, 1))).sum()) / 2
     share = np.bincount(near, areas, minlength=len(points))
     order = along_a_curve(torch.from_numpy(points)).numpy()
@@ -105,7 +105,7 @@ def _chords(corners: Floats, n: Floats) -> tuple[float, float, float, float]:
     b, c = corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]
     flat = np.cross(b, c)
     areas = np.linalg.norm(flat, axis=1) / 2
-    flat = _unit(flat)
+    flat = unit_vectors(flat)
     # The mean height of a quadratic surface over the plane through three of its points is a 24th of the sum of its
     # second differences along the edges.
     edges, ahead = np.roll(corners, -1, axis=1) - corners, np.roll(n, -1, axis=1)
@@ -122,10 +122,3 @@ def _chords(corners: Floats, n: Floats) -> tuple[float, float, float, float]:
     growth = np.abs((flat * swept).sum(axis=1)) / 2
     larger = areas @ steep / 2 + wedges.sum()
     return float(areas.sum()), float(areas @ bend), float(larger), float(growth.sum())
-
-
-def _unit(vectors: Floats) -> Floats:
-    """Vectors (n, 3) of length one; those without length stay zero."""
-    length = np.linalg.norm(vectors, axis=1, keepdims=True)
-    unit: Floats = vectors / np.where(length > 0, length, 1)
-    return unit

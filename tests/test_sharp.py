@@ -19,11 +19,10 @@ from sdfserver.cloud import PointCloud
 from sdfserver.config import MeshConfig
 from sdfserver.extract import extract
 from sdfserver.io import read_mesh
-from sdfserver.mesh import TriangleMesh, face_normals, keep_faces
+from sdfserver.mesh import TriangleMesh, face_normals, keep_faces, unit_vectors
 from sdfserver.metrics import closest_on_mesh, compare_meshes, crease_points, mesh_health, sample_surface
 from sdfserver.reconstruct import fit_field, mesh_field
 from sdfserver.sharp import SharpReport, sharpen
-from sdfserver.sides import unit
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 ROUND = 0.012
@@ -98,7 +97,7 @@ class Solid:
         at, up = np.concatenate(points), np.concatenate(normals)
         rows = rng.permutation(len(at))[:n]
         at, up = at[rows] + noise * rng.normal(size=(n, 3)), up[rows] + normal_noise * rng.normal(size=(n, 3))
-        return PointCloud(points=at, normals=unit(up))
+        return PointCloud(points=at, normals=unit_vectors(up))
 
     def edges(self) -> NDArray[np.float64]:
         """Points (n, 3) along its edges."""
@@ -108,7 +107,7 @@ class Solid:
             if np.linalg.norm(along) < 1e-6:
                 continue
             middle = np.linalg.pinv(np.stack([a, b])) @ [p, q]
-            x = middle + np.linspace(-2, 2, 801)[:, None] * unit(along)
+            x = middle + np.linspace(-2, 2, 801)[:, None] * unit_vectors(along)
             # On the edge two of the four ways across change sides: of planes that only cross within, none does.
             ways = [i * a + j * b for i, j in itertools.product((-1, 1), repeat=2)]
             count = sum(self.within(x + 1e-5 * way + 1e-7 * (a + b)).astype(int) for way in ways)
@@ -119,7 +118,7 @@ class Solid:
         """Angles (f,), degrees, between the mesh's faces and the plane nearest to each."""
         normals, depths = self.planes()
         nearest = np.abs(mesh.vertices[mesh.faces].mean(axis=1) @ normals.T - depths).argmin(axis=1)
-        cosine = (unit(face_normals(mesh.vertices, mesh.faces)) * normals[nearest]).sum(axis=1)
+        cosine = (unit_vectors(face_normals(mesh.vertices, mesh.faces)) * normals[nearest]).sum(axis=1)
         return np.degrees(np.arccos(cosine.clip(-1, 1)))
 
 
@@ -318,7 +317,7 @@ def test_a_machined_part_keeps_its_creases(noise: float, normal_noise: float, sh
     points, normals = sample_surface(reference, 50_000, rng)
     cloud = PointCloud(
         points=points + noise * diagonal * rng.normal(size=points.shape),
-        normals=unit(normals + normal_noise * rng.normal(size=points.shape)),
+        normals=unit_vectors(normals + normal_noise * rng.normal(size=points.shape)),
     )
     fitted = fit_field(cloud, preset="standard", device="cpu")
     plain = mesh_field(fitted.field, fitted.cloud, MeshConfig())
@@ -340,5 +339,5 @@ def crease_error(mesh: TriangleMesh, reference: TriangleMesh) -> float:
     points, normals = sample_surface(reference, 100_000, np.random.default_rng(1))
     distance, _ = cKDTree(crease_points(reference)).query(points)
     some = distance < 0.005 * np.linalg.norm(np.ptp(reference.vertices, axis=0))
-    found = unit(face_normals(mesh.vertices, mesh.faces))[closest_on_mesh(points[some], mesh).face]
+    found = unit_vectors(face_normals(mesh.vertices, mesh.faces))[closest_on_mesh(points[some], mesh).face]
     return float(np.degrees(np.arccos((found * normals[some]).sum(axis=1).clip(-1, 1))).mean())
