@@ -19,9 +19,10 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from sdfserver.cloud import PointCloud
+from sdfserver.mesh import unit_vectors
 from sdfserver.neighbours import neighbours_of
 from sdfserver.orientation import agreement_of
-from sdfserver.sampling import SKETCH, THICK, noise_of, normals_of, thickness
+from sdfserver.sampling import SKETCH, noise_of, normals_of, thickness
 from sdfserver.winding import AREA_NEIGHBOURS, DipoleTree, winding_number
 
 JUDGED = 20_000
@@ -45,6 +46,7 @@ RMS_OF_MEDIAN = 1.2011
 """Of an angle whose two components are normally distributed: sqrt(1 / ln 2)."""
 
 # From where on an assumption is said to fail. Clean clouds and the scans tried are below all of these.
+MOST_THICK = 1 / 3
 MOST_INCONSISTENT = 0.01
 MOST_NOISE_DEGREES = 22.0
 MOST_INWARD = 0.5
@@ -148,7 +150,7 @@ def warnings_of(found: Assumptions, mending: Mending | None = None) -> list[str]
     """In words, each beginning with the name of the assumption that fails: what was found, and what to do."""
     mending = mending or Mending()
     said = []
-    if found.noise_thick > THICK:
+    if found.noise_thick > MOST_THICK:
         moved = "each point was moved into the mean plane of those around it, which rounds what is small; "
         done = "" if mending.flattened is None else moved
         said.append(
@@ -224,7 +226,7 @@ def mended(cloud: PointCloud, found: Assumptions, *, device: str = "cpu") -> tup
         agreement = agreement_of(cloud.points, normals_of(cloud), device)
         cloud = replace(cloud, normals=normals_of(cloud) * agreement.signs[:, None])
         what = replace(what, turned=int((agreement.signs < 0).sum()))
-    if found.noise_thick > THICK:
+    if found.noise_thick > MOST_THICK:
         noise = noise_of(cloud, np.random.default_rng(0), device).least
         cloud, what = _flattened(cloud, device), replace(what, flattened=noise)
     if found.normals_noisy > MOST_NOISE_DEGREES:
@@ -235,7 +237,7 @@ def mended(cloud: PointCloud, found: Assumptions, *, device: str = "cpu") -> tup
 
 
 def _flattened(cloud: PointCloud, device: str) -> PointCloud:
-    """The cloud with each point moved along the mean normal of its neighbours into their mean plane."""
+    """The cloud with each point moved along the mean normal of the neighbours on its side into their mean plane."""
     centre = cloud.points.mean(axis=0)
     points, normals = cloud.points - centre, normals_of(cloud)
     among = neighbours_of(points, device)
@@ -243,10 +245,11 @@ def _flattened(cloud: PointCloud, device: str) -> PointCloud:
     for start in range(0, len(points), JUDGED):
         part = slice(start, start + JUDGED)
         _, near = among.query(points[part], min(THICK_NEIGHBOURS, len(points)))
-        mean = normals[near].mean(axis=1)
-        length = np.linalg.norm(mean, axis=1, keepdims=True)
-        mean = np.where(length > 1e-6, mean / np.maximum(length, 1e-6), normals[part])
-        above = np.einsum("ni,ni->n", points[part] - points[near].mean(axis=1), mean)
+        # The other side of a thin part is not averaged with this one.
+        beside = (np.einsum("nki,ni->nk", normals[near], normals[part]) > 0).astype(np.float64)
+        beside /= beside.sum(axis=1, keepdims=True)
+        mean = unit_vectors(np.einsum("nk,nki->ni", beside, normals[near]))
+        above = np.einsum("ni,ni->n", points[part] - np.einsum("nk,nki->ni", beside, points[near]), mean)
         moved[part], turned[part] = points[part] - above[:, None] * mean, mean
     return replace(cloud, points=moved + centre, normals=turned)
 
