@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """Of the mean distance both ways, halved; of that from the truth to the mesh alone, and of the normals' agreement."""
+    """Half the mean distances both ways; that from the truth to the mesh alone; how normals agree."""
 
     chamfer: float
     completeness: float
