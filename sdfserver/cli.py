@@ -35,6 +35,7 @@ from sdfserver.errors import (
 )
 from sdfserver.field_commands import add_field_commands
 from sdfserver.server.commands import add_commands
+from sdfserver.terminal import say
 
 if TYPE_CHECKING:
     from sdfserver import schemas
@@ -256,7 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise
             return _fail(f"unexpected {type(error).__name__}: {error} (set {DEBUG}=1 for details)", 1)
     if code == INTERRUPTED:
-        _say("interrupted")
+        say("interrupted")
     return int(code or 0)
 
 
@@ -267,15 +268,8 @@ def _exit_code(error: SdfServerError) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    _say(f"error: {message}")
+    say(f"error: {message}")
     return code
-
-
-def _say(message: str) -> None:
-    """One line on standard error, whatever is in `message`."""
-    line = " ".join(message.split())
-    sys.stderr.write(f"sdfserver: {line}\n")
-    sys.stderr.flush()
 
 
 def _usage(error: TyperException) -> str:
@@ -503,11 +497,11 @@ def demo(
             posted,
             output,
             preset,
-            say=lambda message: None if quiet else _say(message),
+            say=lambda message: None if quiet else say(message),
             on_progress=None if show is None else partial(_show_job, show),
         )
     if not quiet:
-        _say(_summary(output, report))
+        say(_summary(output, report))
 
 
 @app.command()
@@ -661,7 +655,7 @@ def compare(
         write_page(found, out)
     if not quiet:
         typer.echo(table_text(found))
-        _say(f"{out}: index.html, compare.png, results.json")
+        say(f"{out}: index.html, compare.png, results.json")
 
 
 def _numbers(text: str, option: str) -> tuple[float, ...]:
@@ -695,7 +689,7 @@ def _cancel(job: "Job") -> None:
     try:
         job.cancel()
     except ServiceError as error:
-        _say(f"job {job.id} could not be cancelled and goes on: {error}")
+        say(f"job {job.id} could not be cancelled and goes on: {error}")
 
 
 def _api_key(path: Path | None) -> str | None:
@@ -839,9 +833,9 @@ def _write_report(text: bytes, path: Path) -> None:
 
 
 def _say_result(output: Path, report: dict[str, Any]) -> None:
-    _say(_summary(output, report))
+    say(_summary(output, report))
     for warning in report.get("warnings", ()):  # a server of an earlier version has none
-        _say(f"warning: {warning}")
+        say(f"warning: {warning}")
 
 
 def _summary(output: Path, report: dict[str, Any]) -> str:

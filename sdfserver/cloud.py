@@ -8,6 +8,7 @@ The order is read, drop_strays, (estimate normals,) validate, Frame.around. What
 coordinates centred on the cloud, so that UTM offsets cost no digits.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -69,6 +70,11 @@ class Frame:
     def to_world(self, points_unit: NDArray[np.float64]) -> NDArray[np.float64]:
         """Unit points (n, 3) in the world frame."""
         return points_unit / self.scale + self.center
+
+
+def shown(row: Iterable[float]) -> str:
+    """A place or a direction, as messages have it."""
+    return ", ".join(f"{value:g}" for value in row)
 
 
 def validate(
@@ -223,7 +229,7 @@ def _not_finite(rows: NDArray[np.float64]) -> NDArray[np.int64]:
 
 
 def _triple(row: NDArray[np.float64]) -> str:
-    return "(" + ", ".join(f"{value:g}" for value in row) + ")"
+    return f"({shown(row)})"
 
 
 def _check_colors(cloud: PointCloud) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sdfserver.mesh import TriangleMesh, face_normals, unit_vectors
+from sdfserver.mesh import TriangleMesh, face_normals, half_edges, unit_vectors
 from sdfserver.sides import Floats, Rows, Sides, dot
 
 RINGS = 3
@@ -60,7 +60,7 @@ class Creased:
 
 def edges_of(faces: Rows, n_vertices: int) -> Rows:
     """The edges (e, 2) of faces (f, 3), each once, ascending."""
-    ends = np.sort(np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]), axis=1)
+    ends = np.sort(half_edges(faces), axis=1)
     keys = np.unique(ends[:, 0] * n_vertices + ends[:, 1])
     return np.stack([keys // n_vertices, keys % n_vertices], axis=1)
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from sdfserver.device import free_device_memory
 from sdfserver.errors import ExtractionError, NoSurfaceError, Stopped
 from sdfserver.marching import CORNERS, EDGES, MARGIN, inner_place, triangles_of
-from sdfserver.mesh import vertex_normals
+from sdfserver.mesh import half_edges, vertex_normals
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ def leaves_the_cube(vertices_unit: NDArray[np.float64], faces: NDArray[np.int64]
 
 def borders(faces: NDArray[np.int64]) -> bool:
     """Whether an edge of faces (f, 3) is in one of them alone."""
-    edges = np.sort(np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]), axis=1)
+    edges = np.sort(half_edges(faces), axis=1)
     _, count = np.unique(edges[:, 0] * (faces.max(initial=0) + 1) + edges[:, 1], return_counts=True)
     return bool((count == 1).any())
 

@@ -16,6 +16,7 @@ import typer
 
 from sdfserver.errors import CloudError, ConfigError, FieldFormatError, SdfServerError
 from sdfserver.questions import MEANS, What
+from sdfserver.terminal import say
 
 if TYPE_CHECKING:
     import numpy as np
@@ -158,7 +159,7 @@ def query(
     if not quiet and error is not None:
         off = f"{error.mean:.1%} on average, by {error.p95:.1%} at 95 of 100 places"
         asked_of = f"{len(cloud.points):,} {'rays' if rays else 'points'}"
-        _say(f"{asked_of}; within {error.band:.3g} of the surface the field is off from a distance by {off}")
+        say(f"{asked_of}; within {error.band:.3g} of the surface the field is off from a distance by {off}")
 
 
 def slice_(
@@ -201,6 +202,7 @@ def slice_(
     through = None if origin is None else _vector(origin, "--origin")
     _check_output(output, ("svg", "dxf"), field)
     read = _read(field)
+    from sdfserver.cloud import shown
     from sdfserver.export.slices import Plane, slice_field, to_dxf, to_svg
 
     middle = read.frame.center
@@ -213,14 +215,14 @@ def slice_(
     if not cut.curves:
         low, high = middle - 1 / read.frame.scale, middle + 1 / read.frame.scale
         raise ConfigError(
-            f"the plane does not meet the surface, which lies in the cube from {_shown(low)} to {_shown(high)}; move it"
+            f"the plane does not meet the surface, which lies in the cube from {shown(low)} to {shown(high)}; move it"
         )
     _write(output, (to_svg(cut) if output.suffix.lower() == ".svg" else to_dxf(cut)).encode())
     if not quiet:
         count, ends = len(cut.curves), sum(not curve.closed for curve in cut.curves)
         kinds = "closed" if not ends else f"{ends} of them open"
         enclosed = "" if ends else f", around an area of {cut.area:.5g}"
-        _say(f"{output}: {count} outline{'s' * (count > 1)}, {kinds}, {cut.length:.5g} long{enclosed}")
+        say(f"{output}: {count} outline{'s' * (count > 1)}, {kinds}, {cut.length:.5g} long{enclosed}")
 
 
 def grid(
@@ -267,7 +269,7 @@ def grid(
             on_progress=None if show is None else lambda share: show("grid", share),
         )
     if not quiet:
-        _say(f"{output}: {shape[0]} x {shape[1]} x {shape[2]} values")
+        say(f"{output}: {shape[0]} x {shape[1]} x {shape[2]} values")
 
 
 def onnx(
@@ -296,7 +298,7 @@ def onnx(
         raise SdfServerError(f"onnxruntime gives values up to {off:.3g} off the field's, so nothing was written")
     _write(output, model)
     if not quiet:
-        _say(f"{output}: {len(model) / 1e6:.2f} MB; {checked}")
+        say(f"{output}: {len(model) / 1e6:.2f} MB; {checked}")
 
 
 # What they share
@@ -378,13 +380,15 @@ def _told(about: dict[str, Any]) -> str:
 
 
 def _lines(about: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    from sdfserver.cloud import shown
+
     local = "".join(f", {count:,} local ones over it" for count in about["local_networks"])
     yield "network", f"{about['layers']} layers of {about['units']} sines{local}"
-    yield "frame", f"a cube of {about['side']:.6g} around {_shown(about['center'])}"
+    yield "frame", f"a cube of {about['side']:.6g} around {shown(about['center'])}"
     if "problem" in about:
         yield "surface", str(about["problem"])
         return
-    yield "surface", f"from {_shown(about['low'])} to {_shown(about['high'])}"
+    yield "surface", f"from {shown(about['low'])} to {shown(about['high'])}"
     yield "area", _within(about["area"], about["area_tolerance"])
     volume = about["volume"]
     yield "volume", "not closed" if volume is None else _within(volume, about["volume_tolerance"])
@@ -397,12 +401,3 @@ def _within(value: float, tolerance: float) -> str:
     """A value with as many digits as its tolerance leaves."""
     digits = 7 if not tolerance or not value else max(1, math.ceil(math.log10(abs(value) / tolerance)) + 1)
     return f"{value:.{min(digits, 12)}g} +- {tolerance:.1g}"
-
-
-def _shown(corner: Any) -> str:
-    return ", ".join(f"{value:.6g}" for value in corner)
-
-
-def _say(message: str) -> None:
-    sys.stderr.write(f"sdfserver: {message}\n")
-    sys.stderr.flush()

@@ -39,6 +39,11 @@ class TriangleMesh:
     confidence: NDArray[np.float32] | None = None
 
 
+def half_edges(faces: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Starts and ends (3f, 2) of the edges of faces (f, 3), as they run round each: those of one face together."""
+    return np.stack([faces, np.roll(faces, -1, axis=1)], axis=-1).reshape(-1, 2)
+
+
 def unit_vectors(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
     """Vectors (..., 3) of length one; those without length stay zero."""
     length = np.linalg.norm(vectors, axis=-1, keepdims=True)

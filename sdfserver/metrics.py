@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sdfserver.cloud import PointCloud
-from sdfserver.mesh import TriangleMesh, face_areas, face_components, face_normals, unit_vectors
+from sdfserver.mesh import TriangleMesh, face_areas, face_components, face_normals, half_edges, unit_vectors
 from sdfserver.neighbours import Neighbours, along_a_curve, neighbours_of
 
 Vectors = TypeVar("Vectors", NDArray[np.float64], Tensor)
@@ -141,8 +141,9 @@ def compare_meshes(
 
 def mesh_health(mesh: TriangleMesh, *, device: torch.device | str = "cpu") -> MeshHealth:
     """Whether `mesh` is closed and manifold, its parts and genus, its area and volume."""
-    low, high = np.sort(_half_edges(mesh.faces), axis=0)
-    forward = _half_edges(mesh.faces)[0] == low
+    halves = half_edges(mesh.faces)
+    low, high = np.sort(halves, axis=1).T
+    forward = halves[:, 0] == low
     # PyTorch's is several times faster than NumPy's.
     keys = torch.from_numpy(low * len(mesh.vertices) + high).to(device)
     key, edge, count = (found.cpu().numpy() for found in torch.unique(keys, return_inverse=True, return_counts=True))
@@ -218,9 +219,10 @@ def crease_points(mesh: TriangleMesh, *, degrees: float = 30.0, step: float | No
 
     `step` defaults to a 2000th of the diagonal. Edges with one face, or more than two, are no creases.
     """
-    halves = np.concatenate([mesh.faces[:, [0, 1]], mesh.faces[:, [1, 2]], mesh.faces[:, [2, 0]]])
-    face = np.tile(np.arange(len(mesh.faces)), 3)
-    edges, edge, count = np.unique(np.sort(halves, axis=1), axis=0, return_inverse=True, return_counts=True)
+    face = np.repeat(np.arange(len(mesh.faces)), 3)
+    edges, edge, count = np.unique(
+        np.sort(half_edges(mesh.faces), axis=1), axis=0, return_inverse=True, return_counts=True
+    )
     order = np.argsort(edge.ravel(), kind="stable")
     first = (np.cumsum(count) - count)[count == 2]
     normals = unit_vectors(face_normals(mesh.vertices, mesh.faces))
@@ -230,8 +232,7 @@ def crease_points(mesh: TriangleMesh, *, degrees: float = 30.0, step: float | No
 
 def border_points(mesh: TriangleMesh, *, step: float | None = None) -> NDArray[np.float64]:
     """Points (n, 3) at even steps along the edges of `mesh` that have one face; `step` as of crease_points."""
-    halves = np.concatenate([mesh.faces[:, [0, 1]], mesh.faces[:, [1, 2]], mesh.faces[:, [2, 0]]])
-    edges, count = np.unique(np.sort(halves, axis=1), axis=0, return_counts=True)
+    edges, count = np.unique(np.sort(half_edges(mesh.faces), axis=1), axis=0, return_counts=True)
     return _along(mesh, edges[count == 1], step)
 
 
@@ -427,11 +428,6 @@ def _among_all(
         near = levels[depth].distance_squared(columns[:, row], group) < best[row]
         row, group = row[near], group[near]
     return _improve(points, triangles, row, order[group], face.copy(), best)[0]
-
-
-def _half_edges(faces: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Starts and ends (2, 3f) of each face's edges, as they run round it."""
-    return np.stack([faces.ravel(), np.roll(faces, -1, axis=1).ravel()])
 
 
 def _genus(

@@ -23,7 +23,7 @@ from sdfserver.config import MeshConfig
 from sdfserver.errors import ExtractionError, NoSurfaceError
 from sdfserver.extract import ExtractedSurface, ScalarField, extract
 from sdfserver.field import SignedDistanceField
-from sdfserver.mesh import TriangleMesh, face_normals, unit_vectors
+from sdfserver.mesh import TriangleMesh, face_normals, half_edges, unit_vectors
 from sdfserver.metrics import Triangles, closest_on_mesh, sample_surface
 from sdfserver.neighbours import neighbours_of
 from sdfserver.queries import FieldQueries
@@ -430,7 +430,7 @@ def wall(outer: TriangleMesh, inner: TriangleMesh) -> TriangleMesh:
 
 def _edge_normals(faces: Ints, normals: Floats) -> NDArray[np.float32]:
     """Sums (f, 3, 3) of the normals on both sides of each face's edges, from corner k to corner k + 1."""
-    start, end = faces.ravel(), np.roll(faces, -1, axis=1).ravel()
+    start, end = half_edges(faces).T
     key = np.minimum(start, end) * (int(faces.max(initial=0)) + 1) + np.maximum(start, end)
     _, edge = np.unique(key, return_inverse=True)
     owner = np.repeat(np.arange(len(faces)), 3)

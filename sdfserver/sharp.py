@@ -37,7 +37,7 @@ from scipy.sparse.csgraph import connected_components
 
 from sdfserver.cloud import PointCloud
 from sdfserver.creasing import Crossings, edges_of, face_edges, split_and_even
-from sdfserver.mesh import TriangleMesh, unit_vectors, vertex_normals
+from sdfserver.mesh import TriangleMesh, half_edges, unit_vectors, vertex_normals
 from sdfserver.neighbours import Neighbours, neighbours_of
 from sdfserver.sampling import normals_of
 from sdfserver.sides import Floats, Jets, Rows, Sides, angle, blended, dot
@@ -298,7 +298,7 @@ def _crossings(
 
 def _flanked(of_faces: Rows, good: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Which of the edges (e,), in faces as `of_faces` (f, 3) tells, lie between two that are `good` (e,)."""
-    pairs = np.concatenate([of_faces[:, [0, 1]], of_faces[:, [1, 2]], of_faces[:, [2, 0]]])
+    pairs = half_edges(of_faces)
     pairs = pairs[(pairs >= 0).all(axis=1)]
     first, second = np.concatenate([pairs, pairs[:, ::-1]]).T
     between: NDArray[np.bool_] = np.bincount(first, good[second], minlength=len(good)) >= 2
@@ -340,7 +340,7 @@ def _long_enough(of_faces: Rows, places: Floats, spacings: Floats, share: Floats
     """Which of the crossed edges (e,) are part of a crease that is one: long, and sharp on the whole."""
     if not len(places):
         return np.zeros(0, bool)
-    pairs = np.concatenate([of_faces[:, [0, 1]], of_faces[:, [1, 2]], of_faces[:, [2, 0]]])
+    pairs = half_edges(of_faces)
     pairs = pairs[(pairs >= 0).all(axis=1)]
     graph = coo_array((np.ones(len(pairs), np.int8), (pairs[:, 0], pairs[:, 1])), shape=2 * (len(places),))
     count, crease = connected_components(graph, directed=False)

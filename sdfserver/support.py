@@ -21,7 +21,7 @@ from scipy.sparse.csgraph import connected_components
 
 from sdfserver.cloud import PointCloud
 from sdfserver.config import SurfaceKind
-from sdfserver.mesh import TriangleMesh, face_areas, keep_faces
+from sdfserver.mesh import TriangleMesh, face_areas, half_edges, keep_faces
 from sdfserver.neighbours import neighbours_of
 from sdfserver.sampling import normals_of
 
@@ -119,7 +119,7 @@ def _upper_quartile(values: Floats, found: NDArray[np.int64]) -> Floats:
 
 def _smoothed(mesh: TriangleMesh, values: Floats, spacing: float) -> Floats:
     """`values` (v,) averaged along the surface over SMOOTHED times `spacing`, by rounds of means over edges."""
-    edges = np.concatenate([mesh.faces[:, [0, 1]], mesh.faces[:, [1, 2]], mesh.faces[:, [2, 0]]])
+    edges = half_edges(mesh.faces)
     both = np.concatenate([edges, edges[:, ::-1]])
     count = len(mesh.vertices)
     beside = coo_array((np.ones(len(both), np.float32), (both[:, 0], both[:, 1])), shape=(count, count)).tocsr()
@@ -192,7 +192,7 @@ class _Holes:
 
 def _holes(mesh: TriangleMesh, support: Floats) -> _Holes:
     low = support < BORDER
-    edges = np.concatenate([mesh.faces[:, [0, 1]], mesh.faces[:, [1, 2]], mesh.faces[:, [2, 0]]])
+    edges = half_edges(mesh.faces)
     edges = edges[low[edges].all(axis=1)]
     count = len(mesh.vertices)
     links = coo_array((np.ones(len(edges), np.int8), (edges[:, 0], edges[:, 1])), shape=(count, count))
@@ -250,7 +250,7 @@ def cut_below(mesh: TriangleMesh, values: Floats, level: float) -> TriangleMesh:
 def _snapped(faces: NDArray[np.int64], f: Floats) -> Floats:
     """f (v,) with zeros at the vertices that the level f = 0 all but passes through, and nowhere else."""
     f = np.where(f == 0, np.finfo(np.float64).tiny, f)
-    edges = np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]])
+    edges = half_edges(faces)
     a, b = edges[(f[edges[:, 0]] > 0) != (f[edges[:, 1]] > 0)].T
     place = f[a] / (f[a] - f[b])
     out = f.copy()

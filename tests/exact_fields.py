@@ -31,6 +31,22 @@ def box(*half: float) -> Distance:
     return distance
 
 
+class Field:
+    """A field from a function of points (n, 3); gradients by autograd."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        self.value = function
+
+    def value_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            phi = self.value(x)
+            (gradient,) = torch.autograd.grad(phi.sum(), x)
+        return phi.detach(), gradient
+
+
 class ExactField(FieldQueries):
     """`phi` in the unit frame with its derivatives by torch; `stretch` leaves its surface and makes it no distance."""
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from exact_fields import Field
 from scipy.spatial import cKDTree
 from skimage.measure import marching_cubes
 from torch import Tensor
@@ -16,22 +17,6 @@ from sdfserver.errors import ExtractionError, Stopped
 from sdfserver.extract import CappedField, ExtractedSurface, extract, leaves_the_cube
 from sdfserver.mesh import face_normals
 from sdfserver.siren import Siren
-
-
-class Field:
-    """A field from a function of points (n, 3); gradients by autograd."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        self.value = function
-
-    def value_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            phi = self.value(x)
-            (gradient,) = torch.autograd.grad(phi.sum(), x)
-        return phi.detach(), gradient
 
 
 def sphere(radius: float = 0.7, center: tuple[float, float, float] = (0.0, 0.0, 0.0)) -> Callable[[Tensor], Tensor]:

@@ -3,13 +3,13 @@
 import itertools
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from exact_fields import Field
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 from shapes import sphere, torus
@@ -30,22 +30,6 @@ ROUND = 0.012
 POINTS, CELLS = 6000, 64
 
 
-class Rounded:
-    """A field (n,) of points (n, 3), with gradients by autograd."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        self.value = function
-
-    def value_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            phi = self.value(x)
-            (gradient,) = torch.autograd.grad(phi.sum(), x)
-        return phi.detach(), gradient
-
-
 @dataclass(frozen=True, eq=False)
 class Solid:
     """What lies behind all planes n.x = d, but for what lies before all planes of `without`."""
@@ -54,7 +38,7 @@ class Solid:
     depths: NDArray[np.float64]
     without: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
 
-    def rounded(self) -> Rounded:
+    def rounded(self) -> Field:
         """Its field, round at the edges."""
         n, d = torch.tensor(self.normals), torch.tensor(self.depths)
 
@@ -67,7 +51,7 @@ class Solid:
             inner = -ROUND * torch.logsumexp((x @ m.T - e) / ROUND, dim=1)
             return ROUND * torch.logsumexp(torch.stack([outer, inner], dim=1) / ROUND, dim=1)
 
-        return Rounded(value)
+        return Field(value)
 
     def planes(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """The planes of its faces, normals outward."""
@@ -149,7 +133,7 @@ def turned(solid: Solid) -> Solid:
 SOLIDS = {"box": box(), "wedge": wedge(), "notched": notched(), "askew": turned(notched())}
 
 
-def extracted(field: Rounded, cells: int = CELLS) -> TriangleMesh:
+def extracted(field: Field, cells: int = CELLS) -> TriangleMesh:
     found = extract(field, resolution=cells, dtype=torch.float64)
     return TriangleMesh(vertices=found.vertices_unit, faces=found.faces, normals=found.normals)
 
@@ -212,11 +196,11 @@ def test_no_face_is_turned_over() -> None:
 
 
 def test_what_is_smooth_is_returned_as_it_is() -> None:
-    ball = extracted(Rounded(lambda x: x.norm(dim=1) - 0.7))
+    ball = extracted(Field(lambda x: x.norm(dim=1) - 0.7))
     after, report = sharpen(ball, sphere(1500, radius=0.7))
     assert after is ball
     assert report == SharpReport()
-    ring = extracted(Rounded(lambda x: torch.hypot(torch.hypot(x[:, 0], x[:, 1]) - 0.65, x[:, 2]) - 0.25))
+    ring = extracted(Field(lambda x: torch.hypot(torch.hypot(x[:, 0], x[:, 1]) - 0.65, x[:, 2]) - 0.25))
     few, told = sharpen(ring, torus(700))
     assert same(few, ring)
     assert told.crease_vertices == 0
@@ -239,7 +223,7 @@ def test_a_cone_gets_its_rim_and_keeps_its_tip() -> None:
     points[:, 2], normals[:, 2] = 0.6 - 1.1 * share, math.sin(lean)
     base = rng.random(6000) < math.sin(lean) / (1 + math.sin(lean))
     points[base, 2], normals[base] = -0.5, (0, 0, -1)
-    before = extracted(Rounded(cone))
+    before = extracted(Field(cone))
     after, report = sharpen(before, PointCloud(points=points, normals=normals))
     rim = np.stack([radius * np.cos(turn), radius * np.sin(turn), np.full(6000, -0.5)], axis=1)
     assert closest_on_mesh(rim, after).distance.mean() < 0.003 < closest_on_mesh(rim, before).distance.mean()

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdfserver.asking import distance_error_of, error_arrays
+from sdfserver.cloud import shown
 from sdfserver.errors import ConfigError
 from sdfserver.queries import FieldQueries
 
@@ -115,15 +116,11 @@ def _checked(field: FieldQueries, box: NDArray[np.float64] | None) -> tuple[NDAr
         return reach[0], reach[1]
     low, high = np.asarray(box, dtype=np.float64)
     if not (np.isfinite([low, high]).all() and (low < high).all()):
-        raise ConfigError(f"the box runs from {_shown(low)} to {_shown(high)}; its corners must be finite and apart")
+        raise ConfigError(f"the box runs from {shown(low)} to {shown(high)}; its corners must be finite and apart")
     slack = 1e-9 * np.abs(reach).max() + 1e-6 / frame.scale
     if (low < reach[0] - slack).any() or (high > reach[1] + slack).any():
         raise ConfigError(
-            f"the box runs from {_shown(low)} to {_shown(high)}, beyond the cube that the field was fitted in, from "
-            f"{_shown(reach[0])} to {_shown(reach[1])}; stay within it"
+            f"the box runs from {shown(low)} to {shown(high)}, beyond the cube that the field was fitted in, from "
+            f"{shown(reach[0])} to {shown(reach[1])}; stay within it"
         )
     return low, high
-
-
-def _shown(corner: NDArray[Any]) -> str:
-    return ", ".join(f"{value:.6g}" for value in corner)

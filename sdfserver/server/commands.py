@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperCommand
 
 from sdfserver.errors import ConfigError
+from sdfserver.terminal import say
 
 if TYPE_CHECKING:
     from sdfserver.server.settings import Settings
@@ -81,10 +82,10 @@ def serve(
     settings = with_workers(_settings(host=host, port=port, data_dir=data_dir, workers=workers, device=device))
     counted = f"{settings.workers} worker{'' if settings.workers == 1 else 's'}"
 
-    def say(url: str) -> None:
-        _say(f"serving on {url} ({counted}, data in {settings.data_dir}); open it in a browser, stop with Ctrl-C")
+    def serving(url: str) -> None:
+        say(f"serving on {url} ({counted}, data in {settings.data_dir}); open it in a browser, stop with Ctrl-C")
 
-    run(settings, say)
+    run(settings, serving)
 
 
 def api(
@@ -103,7 +104,7 @@ def api(
         check_public(settings, store)
         store.close()
         listener = listen(settings)
-        _say(f"serving the interface on {url_of(listener)}, without a worker")
+        say(f"serving the interface on {url_of(listener)}, without a worker")
     else:
         listener = socket.socket(fileno=fd)
     watch_parent()
@@ -146,7 +147,7 @@ def migrate(data_dir: DataDir = None) -> None:
     from sdfserver.server.storage import migrate_store
 
     _store, (before, after) = migrate_store(_settings(data_dir=data_dir))
-    _say(f"the database is at version {after}" + (f"; it was at {before}" if before not in (None, after) else ""))
+    say(f"the database is at version {after}" + (f"; it was at {before}" if before not in (None, after) else ""))
 
 
 def create_key(
@@ -169,7 +170,7 @@ def create_key(
     if made is None:
         return
     key_id, secret = made
-    _say(f"key {key_id} for {name}; keep it, it will not be shown again:")
+    say(f"key {key_id} for {name}; keep it, it will not be shown again:")
     sys.stdout.write(secret + "\n")
 
 
@@ -190,7 +191,7 @@ def revoke_key(
 
     if not open_store(_settings(data_dir=data_dir)).revoke_key(key_id):
         raise ConfigError(f"there is no key {key_id!r} in use; see sdfserver keys list")
-    _say(f"key {key_id} is revoked")
+    say(f"key {key_id} is revoked")
 
 
 def _settings(**overrides: Any) -> "Settings":
@@ -199,8 +200,3 @@ def _settings(**overrides: Any) -> "Settings":
 
     set_up_logging()
     return load_settings(**overrides)
-
-
-def _say(message: str) -> None:
-    sys.stderr.write(f"sdfserver: {message}\n")
-    sys.stderr.flush()
